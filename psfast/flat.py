@@ -1,0 +1,115 @@
+"""One contiguous buffer for all trainable parameters, the parameters as views of it."""
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+
+def trainable(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """The parameters with ``requires_grad``, in order, each (tied) one once."""
+    return [p for p in dict.fromkeys(params) if p.requires_grad]
+
+
+class FlatParameters:
+    """``buffer`` (N,) holds every element of ``params``; each parameter is a view of it.
+
+    Coordinate ``index`` in [0, N) counts through ``params`` in order, each in row-major
+    order. Parameters that already lie so in one buffer are adopted without a copy, so the
+    optimizer and an objective over the same parameters share one buffer.
+
+    params: distinct floating-point parameters of one dtype on one device.
+
+    Raises ValueError when that does not hold.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter]):
+        self.params = list(params)
+        _validate(self.params)
+        self.offsets = [0, *accumulate(p.numel() for p in self.params)]
+        self.size = self.offsets[-1]
+        self.attach()
+
+    def attach(self) -> None:
+        """Make every parameter a view of one buffer, keeping the values it has now."""
+        buffer = self._shared_buffer()
+        if buffer is None:
+            _validate(self.params)  # .to() may have moved only some of them
+            with torch.no_grad():
+                buffer = torch.cat([p.detach().reshape(-1) for p in self.params])
+            for p, start, stop in zip(self.params, self.offsets, self.offsets[1:], strict=False):
+                p.data = buffer[start:stop].view(p.shape)
+        self.buffer = buffer
+        self._stamp = self._read_stamp()
+
+    def changed(self) -> bool:
+        """Whether anything but this object's own writes touched a parameter since the last call.
+
+        Sees in-place changes (``load_state_dict``) and replaced storage (``.to(device)``,
+        ``p.data = ...``); the latter are flattened anew. Writes through ``p.data`` in place
+        leave no trace that torch records: call ``mark_changed`` after such.
+        """
+        stamp = self._read_stamp()
+        if stamp == self._stamp:
+            return False
+        self.attach()
+        return True
+
+    def mark_changed(self) -> None:
+        """Make the next ``changed()`` return True."""
+        self._stamp = None
+
+    def add(self, index: Tensor, delta: Tensor) -> None:
+        """Add ``delta`` (M,) at the distinct coordinates ``index`` (M,), for good.
+
+        Every other ``FlatParameters`` over the same parameters sees it as a change.
+        """
+        self.buffer[index] += delta.to(self.buffer.dtype)
+        torch.autograd.graph.increment_version(self.params[0])
+        self._stamp = self._read_stamp()
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The (number of the tensor, element in it) of coordinate ``index``."""
+        if not 0 <= index < self.size:
+            raise IndexError(f"index must lie in [0, {self.size}), got {index}")
+        tensor = bisect_right(self.offsets, index) - 1
+        return tensor, index - self.offsets[tensor]
+
+    def _read_stamp(self) -> list[int]:
+        stamp = [p._version for p in self.params]
+        stamp += [p.data_ptr() for p in self.params]
+        return stamp
+
+    def _shared_buffer(self) -> Tensor | None:
+        """The buffer if the parameters already lie in one, gapless and in order."""
+        first = self.params[0]
+        storage = first.untyped_storage()
+        address = first.data_ptr()
+        for p, start in zip(self.params, self.offsets, strict=False):
+            if (
+                p.untyped_storage().data_ptr() != storage.data_ptr()
+                or p.data_ptr() != address + start * first.element_size()
+                or not p.is_contiguous()
+                or p.dtype != first.dtype
+            ):
+                return None
+        # Built from the storage: a view of `first` would share its version counter, and the
+        # search's own trial writes would look like somebody else's changes.
+        buffer = torch.empty(0, dtype=first.dtype, device=first.device)
+        return buffer.set_(storage, first.storage_offset(), (self.size,), (1,))
+
+
+def _validate(params: list[nn.Parameter]) -> None:
+    if not params:
+        raise ValueError("params must hold at least one trainable parameter, got none")
+    if len(set(params)) != len(params):
+        raise ValueError("params must be distinct, got the same parameter more than once")
+    kinds = {(p.dtype, p.device) for p in params}
+    if len(kinds) > 1:
+        names = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise ValueError(f"params must have one dtype and one device, got {names}")
+    dtype = params[0].dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"params must be floating-point, got {dtype}")

@@ -1,0 +1,84 @@
+"""What every objective offers to the search."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from psfast.flat import FlatParameters
+
+
+class Objective:
+    """The loss as a function of the parameters, on one fixed batch and one dropout mask.
+
+    params: the parameters that ``index`` counts through, in order
+    flat: their one buffer
+    backend: how blocks are evaluated: "serial", "graph", "batched" or "fused"
+    why_not: backend -> the reason it does not serve here
+
+    A backend implements ``__call__``, ``losses``, ``loss_at`` and ``accept``. None of the
+    first three changes a parameter, a buffer or the global random state.
+    """
+
+    backend: str
+
+    def __init__(self, params: Sequence[nn.Parameter]):
+        self.flat = FlatParameters(params)
+        self.params = self.flat.params
+        self.why_not: dict[str, str] = {}
+
+    def __call__(self) -> Tensor:
+        """The incumbent's loss, a scalar tensor."""
+        raise NotImplementedError
+
+    def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
+        """The losses of K trial points, each the incumbent plus ``delta[k]`` at ``index[k]``.
+
+        index: (K,) int64 in [0, N); delta: (K,) -> losses: (K,), in the loss's dtype
+
+        stop_below: a backend that evaluates one trial point after another may stop at the
+        first loss below this; it returns the losses it has, so K' <= K of them. The others
+        ignore it.
+        """
+        raise NotImplementedError
+
+    def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
+        """The loss, a scalar tensor, of the ONE point with all these changes.
+
+        index: (M,) int64, distinct; delta: (M,)
+        """
+        raise NotImplementedError
+
+    def accept(self, index: Tensor, delta: Tensor) -> None:
+        """Make these changes the incumbent. index: (M,) int64, distinct; delta: (M,)"""
+        raise NotImplementedError
+
+    def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
+        """Go on with another batch, and with the dropout mask of ``seed`` if one is given.
+
+        What does not depend on the batch (traces, work space, compiled code) is kept.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no batch to set")
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend!r}, N={self.flat.size}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def check_block(index: Tensor, delta: Tensor, size: int) -> None:
+    """Raise for a block that no backend can evaluate. Reads shapes and dtypes only."""
+    for name, value in (("index", index), ("delta", delta)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.ndim != 1:
+            raise ValueError(f"{name} must have shape (K,), got {tuple(value.shape)}")
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be int64, got {index.dtype}")
+    if not delta.is_floating_point():
+        raise TypeError(f"delta must be floating-point, got {delta.dtype}")
+    if index.shape != delta.shape:
+        raise ValueError(
+            f"index and delta must have the same length, got {len(index)} and {len(delta)}"
+        )

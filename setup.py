@@ -1,0 +1,9 @@
+"""The packages: ``kernels/`` stands beside ``psfast/`` and is imported as ``psfast.kernels``."""
+
+from setuptools import setup
+
+setup(
+    packages=["psfast", "psfast.objectives", "psfast.configs", "psfast.kernels"],
+    package_dir={"psfast.kernels": "kernels"},
+    package_data={"psfast.configs": ["*.yaml", "*/*.yaml"]},
+)
