@@ -1,7 +1,21 @@
 """Pattern search for PyTorch models: training without gradients."""
 
+from psfast.data import StateTrackingDataset, parity
 from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
+from psfast.objectives import Objective, objective
+from psfast.optimizer import PatternSearch, PollReport
+from psfast.reference import ReferencePatternSearch
 
 __version__ = "0.1.0"
 
-__all__ = ["DecoderOnlyTransformer", "MaskedCrossEntropy"]
+__all__ = [
+    "DecoderOnlyTransformer",
+    "MaskedCrossEntropy",
+    "Objective",
+    "PatternSearch",
+    "PollReport",
+    "ReferencePatternSearch",
+    "StateTrackingDataset",
+    "objective",
+    "parity",
+]

@@ -1,0 +1,30 @@
+"""Checks of arguments that several constructors share."""
+
+import math
+
+
+def check_number(
+    name: str,
+    value: float,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    """Raise TypeError unless ``value`` is a real number, ValueError unless it is in range."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (above < value < below and value >= at_least):
+        bounds = [f"> {above}"] * (above > -math.inf) + [f">= {at_least}"] * (at_least > -math.inf)
+        bounds += [f"< {below}"] if below < math.inf else ["finite"]
+        raise ValueError(f"{name} must be {' and '.join(bounds)}, got {value!r}")
+
+
+def check_count(name: str, value: int | None, *, least: int = 1) -> None:
+    """Raise unless ``value`` is None or an integer >= ``least``."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer or None, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")

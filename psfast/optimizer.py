@@ -1,0 +1,366 @@
+"""``PatternSearch``: the optimizer around the search functions and an objective."""
+
+import math
+import operator
+import time
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from psfast import search
+from psfast.checks import check_count, check_number
+from psfast.flat import FlatParameters, trainable
+from psfast.objectives.base import Objective
+from psfast.objectives.serial import SerialObjective
+from psfast.search import PollState, comparable
+
+_ORDER_CHUNK = 4096
+_LARGEST_BLOCK = 16384
+_BEST_BLOCK = 256
+_BLOCK_SECONDS = 0.25
+_PROGRESS_SECONDS = 0.1
+_ACCEPTANCES = {"first": search.first_improvement, "best": search.best_improvement}
+
+
+class PollReport(NamedTuple):
+    """What one ``step`` did.
+
+    evaluations: trial points decided, as the serial loop counts them
+    speculated: trial points evaluated beyond those, because a block was already under way
+    accepted: (index, delta) of the accepted changes, in order
+    loss_before, loss_after: the incumbent's loss, on this step's objective
+    radius: the largest radius of the param groups during the step
+    failed: whether the poll failed, so that the radius was shrunk
+    seconds: wall-clock time
+    """
+
+    evaluations: int
+    speculated: int
+    accepted: list[tuple[int, float]]
+    loss_before: float
+    loss_after: float
+    radius: float
+    failed: bool
+    seconds: float
+
+
+class PatternSearch(torch.optim.Optimizer):
+    """Pattern search: change one coordinate by +-radius, keep it if the loss fell.
+
+    One ``step`` polls the incumbent's 2N trial points in a keyed pseudo-random order until
+    one is accepted, until all have failed (then the radius is multiplied by ``shrink``) or
+    until ``max_evaluations`` trial points are decided; the next step goes on where this one
+    stopped, and counts on the failures so far only if the objective is still the same.
+
+    params: parameters or param groups; a group may set its own ``radius``. Frozen parameters
+        are left alone, tied ones count once. All trainable ones need one dtype and device.
+    radius: the first step length, > 0, in the parameters' units
+    acceptance: "first" (the first lower loss in poll order, as the serial loop) or "best"
+        (the lowest of a block)
+    shrink: factor in (0, 1) applied to the radius when a poll fails, and only then
+    expand: factor >= 1 applied to the radius when a trial point is accepted
+    min_radius: below it, a radius counts as converged; when all are, ``step`` is free
+    max_evaluations: most trial points decided in one step; None: until accepted or failed
+    block_size: trial points evaluated together; None adapts. With "first" it changes the
+        speed only, never a decision.
+    seed: of the poll order and the dropout masks
+
+    ``last_poll`` is the ``PollReport`` of the last step. ``progress``, if set, is called as
+    ``progress(tried, total)`` at most ten times a second inside a long poll.
+
+    Keeps the conditions of Torczon (1997): with a rational ``expand`` and ``shrink`` and one
+    fixed smooth objective, liminf of the gradient norm is 0.
+
+    Raises ValueError or TypeError for arguments out of range, naming them.
+    """
+
+    def __init__(
+        self,
+        params,
+        radius: float = 0.1,
+        *,
+        acceptance: str = "first",
+        shrink: float = 0.5,
+        expand: float = 1.0,
+        min_radius: float = 0.0,
+        max_evaluations: int | None = None,
+        block_size: int | None = None,
+        seed: int = 0,
+    ):
+        check_number("radius", radius, above=0.0)
+        check_number("shrink", shrink, above=0.0, below=1.0)
+        check_number("expand", expand, at_least=1.0)
+        check_number("min_radius", min_radius, at_least=0.0)
+        check_count("max_evaluations", max_evaluations)
+        check_count("block_size", block_size)
+        if acceptance not in _ACCEPTANCES:
+            names = ", ".join(map(repr, _ACCEPTANCES))
+            raise ValueError(f"acceptance must be one of {names}, got {acceptance!r}")
+        check_count("seed", seed, least=0)
+        super().__init__(params, {"radius": radius})
+        for group in self.param_groups:
+            check_number("radius", group["radius"], above=0.0)
+        self.acceptance = acceptance
+        self.shrink, self.expand, self.min_radius = shrink, expand, min_radius
+        self.max_evaluations, self.block_size = max_evaluations, block_size
+        self.seed = seed
+        self.progress: Callable[[int, int], None] | None = None
+        self.last_poll: PollReport | None = None
+        self._poll = PollState()
+        self._loss: Tensor | None = None
+        self._seconds_per_point = 1e-3
+        self._told = 0.0
+        self._attach(self._trainable())
+        self._fingerprint: int | None = None
+        self._radii = self._read_radii()
+
+    # -- what a user reads and sets ------------------------------------------------------
+
+    @property
+    def radius(self) -> float:
+        """The largest radius of the param groups; setting it sets all of them."""
+        return max(group["radius"] for group in self.param_groups)
+
+    @radius.setter
+    def radius(self, value: float) -> None:
+        check_number("radius", value, above=0.0)
+        for group in self.param_groups:
+            group["radius"] = value
+
+    @property
+    def converged(self) -> bool:
+        """Whether every radius has shrunk below ``min_radius`` (or to zero)."""
+        return all(
+            group["radius"] < self.min_radius or group["radius"] == 0.0
+            for group in self.param_groups
+        )
+
+    @property
+    def evaluations(self) -> int:
+        """Trial points decided so far, over all steps."""
+        return self._poll.evaluations
+
+    # -- one step ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable | Objective) -> Tensor:
+        """Poll until a success, a failed poll or ``max_evaluations``.
+
+        closure: an ``Objective`` over this optimizer's parameters, or any callable that
+            returns a scalar loss. Nothing needs to call ``backward``.
+
+        Returns the incumbent's loss, a scalar tensor. An exception in ``closure`` leaves the
+        incumbent in place and is raised on.
+        """
+        started = time.perf_counter()
+        objective = self._objective(closure)
+        if self.converged and self._poll.incumbent is not None:
+            return self._report(started, self._poll)
+        self._evaluate_incumbent(objective)
+        before, radius, accepted, speculated, failed = self._poll, self.radius, [], 0, False
+        while not accepted and not failed:
+            size = self._block_size(before)
+            if size < 1:
+                break
+            index, delta = self._block(self._poll.position, size)
+            losses = self._losses(objective, index, delta)
+            decision = _ACCEPTANCES[self.acceptance](losses, comparable(self._poll.incumbent))
+            speculated += len(losses) - decision.decided
+            if decision.chosen is not None:
+                accepted = self._accept(objective, index, delta, decision.chosen)
+            failed = self._commit(decision)
+            self._tell_progress(started)
+        self._flat.changed()  # what the step itself wrote is nobody else's change
+        return self._report(started, before, radius, accepted, speculated, failed)
+
+    def _objective(self, closure: Callable | Objective) -> Objective:
+        """One type for the core: a plain closure becomes a ``SerialObjective``."""
+        self._follow_parameters()
+        if isinstance(closure, Objective):
+            if not _same(closure.params, self._params):
+                raise ValueError(
+                    "the objective's params must be the optimizer's trainable parameters in the "
+                    f"same order, got {len(closure.params)} tensors for {len(self._params)}; "
+                    "pass params=... to psfast.objective"
+                )
+            return closure
+        if not callable(closure):
+            raise TypeError(
+                "step needs a closure that returns the loss, or a psfast.objective, "
+                f"got {type(closure).__name__}"
+            )
+        if self._serial is None:
+            self._serial = SerialObjective(closure, self._params)
+        self._serial.closure = closure
+        self._serial.seed = search.derive_seed(self.seed, self._poll.polls)
+        return self._serial
+
+    def _follow_parameters(self) -> None:
+        """Take up parameters that were frozen, added, moved or written since the last step."""
+        params = self._trainable()
+        if not _same(params, self._params):
+            self._attach(params)
+            self._poll = self._poll._replace(position=0)
+            self._restart_poll()
+        elif self._flat.changed() and self._fingerprint != self._flat.fingerprint():
+            self._restart_poll()
+        self._fingerprint = None
+        if self._radii != self._read_radii():  # set by hand, or by a schedule
+            self._radii = self._read_radii()
+            self._restart_poll()
+
+    def _read_radii(self) -> tuple[float, ...]:
+        return tuple(group["radius"] for group in self.param_groups)
+
+    def _attach(self, params: list[torch.nn.Parameter]) -> None:
+        self._params, self._flat = params, FlatParameters(params)
+        self._serial: SerialObjective | None = None
+        self._order_chunk: tuple | None = None
+
+    def _trainable(self) -> list[torch.nn.Parameter]:
+        params = trainable(p for group in self.param_groups for p in group["params"])
+        if not params:
+            raise ValueError("params must hold at least one trainable parameter, got none")
+        return params
+
+    def _evaluate_incumbent(self, objective: Objective) -> None:
+        """A loss unequal to the known one means another objective: a new batch, say."""
+        self._loss = objective()
+        value, known = self._loss.item(), self._poll.incumbent
+        if known is None or not (value == known or (math.isnan(value) and math.isnan(known))):
+            self._restart_poll()
+        self._poll = self._poll._replace(incumbent=value)
+
+    def _restart_poll(self) -> None:
+        self._poll = self._poll._replace(tried=0, nan=0)
+
+    def _block_size(self, before: PollState) -> int:
+        """Trial points to evaluate next; 0 when the step's ``max_evaluations`` are used up."""
+        poll, total = self._poll, 2 * self._flat.size
+        left = min(total - poll.tried, total - poll.position)
+        if self.max_evaluations is not None:
+            left = min(left, before.evaluations + self.max_evaluations - poll.evaluations)
+        if self.block_size is not None:
+            return min(self.block_size, left)
+        if self.acceptance == "best":
+            return min(_BEST_BLOCK, left)
+        # Blocks of a fraction of a second keep progress and Ctrl-C alive. Under "first" the
+        # size of a block decides nothing, so the clock may have a say in it.
+        timely = int(_BLOCK_SECONDS / self._seconds_per_point)
+        return min(search.block_size(poll), left, max(1, timely), _LARGEST_BLOCK)
+
+    def _block(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Poll entries as (index, delta), cut from a chunk that serves many small blocks."""
+        total = 2 * self._flat.size
+        key = (self._poll.order, self._radii, total, self._flat.buffer.device)
+        if self._order_chunk is None or self._order_chunk[0] != key:
+            self._order_chunk = (key, 0, 0, None, None)
+        _, low, high, index, delta = self._order_chunk
+        if not low <= start <= start + count <= high:
+            low, high = start, min(total, start + max(count, _ORDER_CHUNK))
+            order = self._poll.order
+            entries = search.poll_order(self.seed, order, low, high - low, total, key[-1])
+            index, sign = search.coordinates(entries)
+            delta = sign * self._radius_of(index)
+            self._order_chunk = (key, low, high, index, delta)
+        return index[start - low : start - low + count], delta[start - low : start - low + count]
+
+    def _radius_of(self, index: Tensor) -> Tensor:
+        """The radius of each coordinate, in the parameters' dtype. index: (K,) -> (K,)"""
+        buffer = self._flat.buffer
+        if len(self.param_groups) == 1:
+            return buffer.new_tensor(self.radius)
+        radius_of = {p: g["radius"] for g in self.param_groups for p in g["params"]}
+        radii = buffer.new_tensor([radius_of[p] for p in self._params])
+        bounds = torch.tensor(self._flat.offsets[1:], device=buffer.device)
+        return radii[torch.bucketize(index, bounds, right=True)]
+
+    def _losses(self, objective: Objective, index: Tensor, delta: Tensor) -> Tensor:
+        started = time.perf_counter()
+        stop = comparable(self._poll.incumbent) if self.acceptance == "first" else None
+        losses = objective.losses(index, delta, stop_below=stop)
+        seconds = (time.perf_counter() - started) / len(losses)
+        self._seconds_per_point = max(1e-9, seconds)
+        return losses
+
+    @staticmethod
+    def _accept(objective, index, delta, place: int) -> list[tuple[int, float]]:
+        index, delta = index[place : place + 1], delta[place : place + 1]
+        objective.accept(index, delta)
+        return [(index.item(), delta.item())]
+
+    def _commit(self, decision: search.Decision) -> bool:
+        """Take the decision into the state; returns whether the poll failed."""
+        total, nan = 2 * self._flat.size, self._poll.nan + decision.nan
+        self._poll, failed = search.advance(self._poll, decision, total)
+        if failed and nan == total:
+            warnings.warn(
+                f"the loss was NaN at all {total} trial points; the poll failed",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        factor = self.shrink if failed else 1.0 if decision.chosen is None else self.expand
+        for group in self.param_groups:
+            group["radius"] *= factor
+        self._radii = self._read_radii()
+        return failed
+
+    def _tell_progress(self, started: float) -> None:
+        now = time.perf_counter()
+        if self.progress and now - max(started, self._told) > _PROGRESS_SECONDS:
+            self._told = now
+            self.progress(self._poll.tried, 2 * self._flat.size)
+
+    def _report(
+        self, started, before, radius=None, accepted=(), speculated=0, failed=False
+    ) -> Tensor:
+        self.last_poll = PollReport(
+            evaluations=self._poll.evaluations - before.evaluations,
+            speculated=speculated,
+            accepted=list(accepted),
+            loss_before=before.incumbent,
+            loss_after=self._poll.incumbent,
+            radius=self.radius if radius is None else radius,
+            failed=failed,
+            seconds=time.perf_counter() - started,
+        )
+        like = self._flat.buffer if self._loss is None else self._loss
+        return like.new_tensor(self._poll.incumbent)
+
+    # -- checkpoints ---------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """Plain numbers: radii in the param groups, the rest under "search".
+
+        Loaded beside the parameters of the same moment, in either order, the search goes on
+        bit for bit, also from the middle of a poll.
+        """
+        state = super().state_dict()
+        state["search"] = {
+            **self._poll._asdict(),
+            "seed": self.seed,
+            "fingerprint": self._flat.fingerprint(),
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take up a state from ``state_dict``. Raises KeyError if it is no PatternSearch's."""
+        if "search" not in state_dict:
+            raise KeyError(
+                "state_dict must come from a psfast.PatternSearch: it has no entry 'search', "
+                f"only {sorted(state_dict)}"
+            )
+        saved = dict(state_dict["search"])
+        super().load_state_dict(state_dict)
+        self.seed, self._fingerprint = saved.pop("seed"), saved.pop("fingerprint")
+        self._poll = search.PollState(**saved)
+        self._order_chunk = None
+        self._radii = self._read_radii()
+        self._flat.mark_changed()
+
+
+def _same(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))

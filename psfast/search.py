@@ -1,0 +1,179 @@
+"""The search itself, as pure functions: poll order, block sizes, acceptance, radius.
+
+Nothing here sees a parameter, a closure or a device: plain numbers and small tensors go in,
+NamedTuples come out. So a run can be resumed, sharded or speculated without a change of mind.
+
+Sources: Hooke & Jeeves (1961), "Direct search solution of numerical and statistical
+problems"; Torczon (1997), "On the convergence of pattern search algorithms"; Kolda, Lewis &
+Torczon (2003), "Optimization by direct search".
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+_FEISTEL_ROUNDS = 6
+
+
+class PollState(NamedTuple):
+    """Where the search stands. Plain numbers, so that a checkpoint holds all of it.
+
+    order: number of the permutation in use, one more after every failed poll
+    position: the next entry of it, in [0, 2N)
+    tried: trial points that failed at this incumbent, radius and objective
+    polls: polls ended so far, by success or by failure
+    evaluations: trial points decided so far
+    nan: how many of the tried ones had a NaN loss
+    incumbent: the incumbent's loss, or None before the first step
+    mean_gap: running mean of the trial points between two accepted ones
+    """
+
+    order: int = 0
+    position: int = 0
+    tried: int = 0
+    nan: int = 0
+    polls: int = 0
+    evaluations: int = 0
+    incumbent: float | None = None
+    mean_gap: float = 1.0
+
+
+class Decision(NamedTuple):
+    """What became of a block.
+
+    chosen: place in the block of the accepted trial point, None if the block failed
+    loss: its loss, NaN if the block failed
+    decided: trial points of the block that the serial loop would have evaluated too
+    nan: how many of the block's losses are NaN
+    """
+
+    chosen: int | None
+    loss: float
+    decided: int
+    nan: int
+
+
+def derive_seed(seed: int, *stream: int) -> int:
+    """A 62-bit seed from ``seed`` and a path of integers (SplitMix64, Steele et al. 2014)."""
+    state = seed & 0xFFFFFFFFFFFFFFFF
+    for number in (len(stream), *stream):
+        state = (state + 0x9E3779B97F4A7C15 * (number + 1)) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 2
+
+
+def poll_order(
+    seed: int, order: int, start: int, count: int, total: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """``count`` entries, from place ``start``, of permutation number ``order`` of [0, total).
+
+    A Feistel network on the smallest even number of bits that holds ``total``, walked until
+    the value lies in range (Black & Rogaway 2002), so any part of the permutation costs O(1)
+    memory and no list is ever shuffled.
+
+    Returns int64 (count,) on ``device``, the same values on every one.
+    """
+    if not 0 <= start <= start + count <= total:
+        raise ValueError(f"places {start} to {start + count} lie outside [0, {total}]")
+    half_bits = max(1, ((total - 1).bit_length() + 1) // 2)
+    keys = [derive_seed(seed, order, r) & _MASK32 for r in range(_FEISTEL_ROUNDS)]
+    value = _feistel(torch.arange(start, start + count, device=device), half_bits, keys)
+    while True:
+        outside = (value >= total).nonzero().squeeze(1)
+        if not len(outside):
+            return value
+        value[outside] = _feistel(value[outside], half_bits, keys)
+
+
+def _feistel(value: Tensor, half_bits: int, keys: Sequence[int]) -> Tensor:
+    mask = (1 << half_bits) - 1
+    left, right = value >> half_bits, value & mask
+    for key in keys:
+        # 32-bit words times 31-bit odd constants: int64 products never overflow.
+        mixed = ((right ^ key) * 0x7FEB352D) & _MASK32
+        mixed = ((mixed ^ (mixed >> 15)) * 0x46A7C56B) & _MASK32
+        mixed ^= mixed >> 16
+        left, right = right, left ^ (mixed & mask)
+    return (left << half_bits) | right
+
+
+def coordinates(entries: Tensor) -> tuple[Tensor, Tensor]:
+    """Poll entries in [0, 2N) as (index int64 in [0, N), sign int64 of +1 or -1)."""
+    return entries >> 1, 1 - 2 * (entries & 1)
+
+
+def first_improvement(losses: Tensor, incumbent: float) -> Decision:
+    """Opportunistic acceptance: the first lower loss in poll order (Torczon 1997).
+
+    losses: (K,); NaN compares false, so it never wins.
+    """
+    lower = losses < incumbent
+    decision = _decision(losses, lower.to(torch.uint8).argmax(), lower.any())
+    if decision.chosen is None:
+        return decision
+    return decision._replace(decided=decision.chosen + 1)
+
+
+def best_improvement(losses: Tensor, incumbent: float) -> Decision:
+    """The lowest loss of the block, if lower; the earliest of equals (Torczon 1997).
+
+    losses: (K,); NaN never wins.
+    """
+    best = losses.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).argmin()
+    return _decision(losses, best, losses[best] < incumbent)
+
+
+def _decision(losses: Tensor, place: Tensor, success: Tensor) -> Decision:
+    """The decision for the trial point at ``place``, read from the device in one sync."""
+    values = [place, success, losses[place], losses.isnan().sum()]
+    place, success, loss, nan = torch.stack([value.double() for value in values]).tolist()
+    if not success:
+        return Decision(None, math.nan, len(losses), int(nan))
+    return Decision(int(place), loss, len(losses), int(nan))
+
+
+def comparable(loss: float | None) -> float:
+    """``loss`` with NaN, and a missing one, as +infinity: a failed evaluation never wins."""
+    return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def block_size(state: PollState) -> int:
+    """How many trial points to evaluate next: few while much improves, many while nothing does.
+
+    With acceptance probability p the block holds about 0.5/p trial points, so little of it
+    is thrown away, and doubles with each failed block: as many as have failed already.
+    """
+    return max(1, round(0.5 * state.mean_gap), state.tried)
+
+
+def advance(state: PollState, decision: Decision, total: int) -> tuple[PollState, bool]:
+    """The state after a decided block, and whether the poll has failed.
+
+    A poll fails when all ``total`` = 2N trial points failed at one incumbent, radius and
+    objective; only then the permutation changes (any earlier change could leave a
+    coordinate untried). After a success the poll goes on behind the accepted trial point.
+    """
+    tried = state.tried + decision.decided
+    state = state._replace(
+        position=(state.position + decision.decided) % total,
+        tried=tried,
+        nan=state.nan + decision.nan,
+        evaluations=state.evaluations + decision.decided,
+    )
+    if decision.chosen is not None:
+        gap = 0.7 * state.mean_gap + 0.3 * tried
+        return end_poll(state)._replace(incumbent=decision.loss, mean_gap=gap), False
+    if tried < total:
+        return state, False
+    return end_poll(state)._replace(order=state.order + 1, position=0, mean_gap=float(total)), True
+
+
+def end_poll(state: PollState) -> PollState:
+    """The state with a new poll begun: nothing has been tried in it."""
+    return state._replace(tried=0, nan=0, polls=state.polls + 1)
