@@ -51,10 +51,13 @@ class FlatParameters:
         ``p.data = ...``); the latter are flattened anew. Writes through ``p.data`` in place
         leave no trace that torch records: call ``mark_changed`` after such.
         """
-        stamp = self._read_stamp()
-        if stamp == self._stamp:
+        versions, addresses = self._read_stamp()
+        if (versions, addresses) == self._stamp:
             return False
-        self.attach()
+        if self._stamp is None or addresses != self._stamp[1]:
+            self.attach()
+        else:
+            self._stamp = versions, addresses
         return True
 
     def mark_changed(self) -> None:
@@ -68,7 +71,8 @@ class FlatParameters:
         """
         self.buffer[index] += delta.to(self.buffer.dtype)
         torch.autograd.graph.increment_version(self.params[0])
-        self._stamp = self._read_stamp()
+        if self._stamp is not None:
+            self._stamp[0][0] += 1
 
     def fingerprint(self) -> int:
         """A checksum of the buffer's bits, to tell whether parameters are those of a checkpoint."""
@@ -83,10 +87,8 @@ class FlatParameters:
         tensor = bisect_right(self.offsets, index) - 1
         return tensor, index - self.offsets[tensor]
 
-    def _read_stamp(self) -> list[int]:
-        stamp = [p._version for p in self.params]
-        stamp += [p.data_ptr() for p in self.params]
-        return stamp
+    def _read_stamp(self) -> tuple[list[int], list[int]]:
+        return [p._version for p in self.params], [p.data_ptr() for p in self.params]
 
     def _shared_buffer(self) -> Tensor | None:
         """The buffer if the parameters already lie in one, gapless and in order."""

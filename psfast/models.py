@@ -91,9 +91,7 @@ class DecoderOnlyTransformer(nn.Module):
         self.max_len = max_len
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Parameter(torch.zeros(max_len, d_model))
-        self.blocks = nn.ModuleList(
-            Block(d_model, n_heads, d_ff, dropout) for _ in range(n_layers)
-        )
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff, dropout) for _ in range(n_layers))
         self.final_norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocab_size)
 
