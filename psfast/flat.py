@@ -92,10 +92,11 @@ class FlatParameters:
 
     def _shared_buffer(self) -> Tensor | None:
         """The buffer if the parameters already lie in one, gapless and in order."""
-        first = self.params[0]
+        nonempty = [(p, s) for p, s in zip(self.params, self.offsets, strict=False) if p.numel()]
+        first = nonempty[0][0]
         storage = first.untyped_storage()
         address = first.data_ptr()
-        for p, start in zip(self.params, self.offsets, strict=False):
+        for p, start in nonempty:
             if (
                 p.untyped_storage().data_ptr() != storage.data_ptr()
                 or p.data_ptr() != address + start * first.element_size()
@@ -112,6 +113,8 @@ class FlatParameters:
 def _validate(params: list[nn.Parameter]) -> None:
     if not params:
         raise ValueError("params must hold at least one trainable parameter, got none")
+    if not any(p.numel() for p in params):
+        raise ValueError(f"params must hold at least one element, got {len(params)} empty tensors")
     if len(set(params)) != len(params):
         raise ValueError("params must be distinct, got the same parameter more than once")
     kinds = {(p.dtype, p.device) for p in params}

@@ -110,7 +110,7 @@ class PatternSearch(torch.optim.Optimizer):
         self.progress: Callable[[int, int], None] | None = None
         self.last_poll: PollReport | None = None
         self._poll = PollState()
-        self._loss: Tensor | None = None
+        self._loss_dtype = torch.float64
         self._seconds_per_point = 1e-3
         self._told = 0.0
         self._attach(self._trainable())
@@ -142,6 +142,11 @@ class PatternSearch(torch.optim.Optimizer):
     def evaluations(self) -> int:
         """Trial points decided so far, over all steps."""
         return self._poll.evaluations
+
+    @property
+    def polls(self) -> int:
+        """Polls ended so far, by success or by failure."""
+        return self._poll.polls
 
     # -- one step ------------------------------------------------------------------------
 
@@ -228,8 +233,9 @@ class PatternSearch(torch.optim.Optimizer):
 
     def _evaluate_incumbent(self, objective: Objective) -> None:
         """A loss unequal to the known one means another objective: a new batch, say."""
-        self._loss = objective()
-        value, known = self._loss.item(), self._poll.incumbent
+        loss = objective()
+        self._loss_dtype = loss.dtype
+        value, known = loss.item(), self._poll.incumbent
         if known is None or not (value == known or (math.isnan(value) and math.isnan(known))):
             self._restart_poll()
         self._poll = self._poll._replace(incumbent=value)
@@ -310,7 +316,8 @@ class PatternSearch(torch.optim.Optimizer):
 
     def _tell_progress(self, started: float) -> None:
         now = time.perf_counter()
-        if self.progress and now - max(started, self._told) > _PROGRESS_SECONDS:
+        inside = self._poll.tried > 0
+        if self.progress and inside and now - max(started, self._told) > _PROGRESS_SECONDS:
             self._told = now
             self.progress(self._poll.tried, 2 * self._flat.size)
 
@@ -327,8 +334,7 @@ class PatternSearch(torch.optim.Optimizer):
             failed=failed,
             seconds=time.perf_counter() - started,
         )
-        like = self._flat.buffer if self._loss is None else self._loss
-        return like.new_tensor(self._poll.incumbent)
+        return self._flat.buffer.new_tensor(self._poll.incumbent, dtype=self._loss_dtype)
 
     # -- checkpoints ---------------------------------------------------------------------
 

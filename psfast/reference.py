@@ -9,7 +9,7 @@ from torch import Tensor
 
 from psfast.checks import check_count, check_number
 from psfast.flat import trainable
-from psfast.search import coordinates, derive_seed, poll_order
+from psfast.search import derive_seed, poll_order
 
 
 class ReferencePatternSearch(torch.optim.Optimizer):
@@ -63,30 +63,30 @@ class ReferencePatternSearch(torch.optim.Optimizer):
         self._places = [(p, i) for p in self._params for i in range(p.numel())]
         self._random = random.Random(seed)
         self._entries = list(range(2 * len(self._places)))
+        self._listed: int | None = None  # the order that the list above is in
         self._order = self._position = self._tried = self._polls = 0
 
     @torch.no_grad()
     def step(self, closure: Callable) -> Tensor:
         """Poll until one trial point is accepted or all have failed; the best loss so far."""
-        loss = self._evaluate(closure)
-        value = float(loss)
         if self.best_loss is None or not self.carry_loss:
-            if value != self.best_loss:
+            loss = float(self._evaluate(closure))
+            if loss != self.best_loss:
                 self._tried = 0
-            self.best_loss = value
+            self.best_loss = loss
         if self.best_loss == 0.0 and self.carry_loss:
-            return loss
+            return torch.tensor(0.0)
         for entry in self._poll():
             self.evaluations += 1
             if self._try(closure, entry):
-                self._end_poll()
                 break
         else:
             self.radius *= 0.5
             self._order += 1
             self._position = 0
-            self._end_poll()
-        return loss.new_tensor(self.best_loss)
+        self._tried = 0
+        self._polls += 1
+        return torch.tensor(self.best_loss, dtype=torch.float64)
 
     def _poll(self):
         """The entries still to be tried at this incumbent."""
@@ -95,20 +95,18 @@ class ReferencePatternSearch(torch.optim.Optimizer):
             yield from self._entries
             return
         total = len(self._entries)
+        if self._listed != self._order:
+            self._listed = self._order
+            self._entries = poll_order(self.seed, self._order, 0, total, total).tolist()
         while self._tried < total:
-            yield poll_order(self.seed, self._order, self._position, 1, total).item()
+            yield self._entries[self._position]
             self._position = (self._position + 1) % total
             self._tried += 1
 
-    def _end_poll(self) -> None:
-        self._tried = 0
-        self._polls += 1
-
     def _try(self, closure: Callable, entry: int) -> bool:
-        index, sign = coordinates(torch.tensor(entry))
-        parameter, element = self._places[index]
+        parameter, element = self._places[entry >> 1]
         cell = parameter.view(-1)[element]
-        delta = sign.item() * self.radius
+        delta = -self.radius if entry & 1 else self.radius
         saved = cell.clone()
         cell += delta
         loss = float(self._evaluate(closure))

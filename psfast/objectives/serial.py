@@ -47,11 +47,7 @@ class SerialObjective(Objective):
         if self.flat.changed():
             self._cells = _Cells(self.flat)
         with self._evaluation(), self._found_buffers():
-            loss = self._evaluate()
-        value = _as_number(loss)
-        if isinstance(loss, Tensor):
-            return loss.detach().reshape(()).clone()
-        return torch.tensor(value, dtype=torch.float64)
+            return torch.tensor(self._evaluate(), dtype=torch.float64)
 
     def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
         check_block(index, delta, self.flat.size)
@@ -65,7 +61,7 @@ class SerialObjective(Objective):
                 saved = cells[i]
                 cells[i] = saved + d
                 try:
-                    value = _as_number(self._evaluate())
+                    value = self._evaluate()
                 finally:
                     cells[i] = saved
                 values.append(value)
@@ -81,7 +77,7 @@ class SerialObjective(Objective):
             saved = buffer[index]
             try:
                 buffer[index] = saved + delta.to(buffer.dtype)
-                return torch.tensor(_as_number(self._evaluate()), dtype=torch.float64)
+                return torch.tensor(self._evaluate(), dtype=torch.float64)
             finally:
                 buffer[index] = saved
 
@@ -89,23 +85,27 @@ class SerialObjective(Objective):
         check_block(index, delta, self.flat.size)
         self.flat.add(index, delta)
 
-    def _evaluate(self):
+    def _evaluate(self) -> float:
+        """The closure's loss here, as a number; buffers are restored."""
         for generator in self._generators:
             generator.manual_seed(self.seed)
         try:
-            if self._needs_grad:
-                with torch.enable_grad():
-                    return self.closure()
-            try:
-                return self.closure()
-            except RuntimeError as error:
-                if "does not require grad" not in str(error):
-                    raise
-                self._needs_grad = True
-                return self._evaluate()
+            return _as_number(self._call())
         finally:
             for buffer in self._buffers:
                 buffer.restore()
+
+    def _call(self):
+        if self._needs_grad:
+            with torch.enable_grad():
+                return self.closure()
+        try:
+            return self.closure()
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            self._needs_grad = True
+            return self._call()
 
     @contextmanager
     def _no_gradients_left(self):
@@ -145,23 +145,30 @@ class SerialObjective(Objective):
 
     @contextmanager
     def _found_buffers(self):
-        """Note the buffers of every module that the closure runs, before it changes them."""
-        self._buffers, seen = [], set()
+        """Find the buffers that the closure changes, and restore them after each evaluation.
+
+        Noted before each module runs; only those found changed are kept, so that constant
+        ones (masks, tables) cost nothing at the trial points.
+        """
+        self._buffers, found, seen = [], [], set()
 
         def note(module: nn.Module, _inputs) -> None:
             if module._buffers and module not in seen:
                 seen.add(module)
-                self._buffers += [
+                found.extend(
                     _SavedBuffer(module, name, value)
                     for name, value in module._buffers.items()
                     if value is not None
-                ]
+                )
 
         handle = nn.modules.module.register_module_forward_pre_hook(note)
         try:
             yield
         finally:
             handle.remove()
+            self._buffers = [buffer for buffer in found if buffer.changed()]
+            for buffer in self._buffers:
+                buffer.restore()
 
 
 class SerialModelObjective(SerialObjective):
@@ -213,19 +220,20 @@ class _TensorCells:
 
 
 class _SavedBuffer:
-    """A module's buffer as it was; ``restore`` costs next to nothing if nobody wrote to it."""
+    """A module's buffer as it was."""
 
     def __init__(self, module: nn.Module, name: str, value: Tensor):
         self.owner, self.name, self.value = module._buffers, name, value
         self.copy = value.clone()
-        self.version = value._version
+
+    def changed(self) -> bool:
+        # By content: batch_norm writes its statistics without a trace in the version counter.
+        same = self.owner.get(self.name) is self.value and torch.equal(self.value, self.copy)
+        return not same
 
     def restore(self) -> None:
-        if self.owner.get(self.name) is not self.value:
-            self.owner[self.name] = self.value
-        if self.value._version != self.version:
-            self.value.copy_(self.copy)
-            self.version = self.value._version
+        self.owner[self.name] = self.value
+        self.value.copy_(self.copy)
 
 
 def _as_number(loss) -> float:

@@ -1,0 +1,519 @@
+"""``PatternSearch``: what always holds (the numbered list of the design), and its interface."""
+
+import copy
+import io
+import math
+import random
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import psfast
+from psfast import PatternSearch, ReferencePatternSearch
+
+FIXED = {
+    "reshuffle": False,
+    "carry_loss": False,
+    "fresh_masks": False,
+    "subtract_to_restore": False,
+    "perturb_frozen": False,
+    "stateless": False,
+}
+
+
+def regression(seed=0, dtype=torch.float64, dropout=0.0):
+    """A small model, and its closure."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 2)).to(dtype)
+    x, y = torch.randn(10, 4, dtype=dtype), torch.randn(10, 2, dtype=dtype)
+    return net, lambda: F.mse_loss(net(x), y)
+
+
+def values(net):
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def equal(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+# -- the serial loop's decisions ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_accepts_exactly_what_the_serial_oracle_accepts(dtype, dropout):
+    fast, fast_loss = regression(1, dtype, dropout)
+    slow, slow_loss = regression(1, dtype, dropout)
+    optimizer = PatternSearch(fast.parameters(), radius=0.5, seed=3)
+    oracle = ReferencePatternSearch(slow.parameters(), radius=0.5, seed=3, **FIXED)
+    for step in range(1000):
+        assert optimizer.step(fast_loss) == oracle.step(slow_loss), step
+        assert equal(fast.parameters(), slow.parameters()), step
+    assert optimizer.evaluations == oracle.evaluations
+    assert optimizer.radius == oracle.radius
+    if not dropout:
+        assert optimizer.radius < 0.5  # polls failed too on the way
+
+
+def test_accepts_what_the_oracle_accepts_on_minibatches_of_the_small_model():
+    def run(make):
+        torch.manual_seed(0)
+        model = psfast.DecoderOnlyTransformer(
+            vocab_size=11, d_model=8, n_layers=1, n_heads=2, d_ff=16, max_len=8
+        ).double()
+        optimizer = make(model.parameters())
+        generator = torch.Generator().manual_seed(5)
+        for _ in range(40):
+            x = torch.randint(0, 11, (2, 5), generator=generator)
+            y = torch.randint(0, 11, (2, 5), generator=generator)
+            optimizer.step(lambda x=x, y=y: psfast.MaskedCrossEntropy()(model(x), y))
+        return model
+
+    fast = run(lambda params: PatternSearch(params, radius=0.1, seed=9))
+    slow = run(lambda params: ReferencePatternSearch(params, radius=0.1, seed=9, **FIXED))
+    assert equal(fast.parameters(), slow.parameters())
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 64, None])
+def test_the_block_size_never_changes_a_decision(block_size):
+    base, base_loss = regression()
+    net, loss = regression()
+    one = PatternSearch(base.parameters(), radius=0.3, block_size=1)
+    other = PatternSearch(net.parameters(), radius=0.3, block_size=block_size)
+    for _ in range(200):
+        one.step(base_loss)
+        other.step(loss)
+        assert one.last_poll.accepted == other.last_poll.accepted
+    assert equal(base.parameters(), net.parameters())
+
+
+def test_max_evaluations_cuts_a_poll_without_changing_it():
+    whole, whole_loss = regression()
+    cut, cut_loss = regression()
+    one = PatternSearch(whole.parameters(), radius=2.0)
+    other = PatternSearch(cut.parameters(), radius=2.0, max_evaluations=5)
+    for _ in range(300):
+        one.step(whole_loss)
+    while other.evaluations < one.evaluations:
+        other.step(cut_loss)
+        assert other.last_poll.evaluations <= 5
+    assert one.radius < 2.0
+    assert one.radius == other.radius and equal(whole.parameters(), cut.parameters())
+
+
+# -- what always holds ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_1_a_rejected_trial_point_leaves_every_bit(dtype):
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(50).to(dtype))
+    before = p.detach().clone()
+    optimizer = PatternSearch([p], radius=0.1)
+    for _ in range(3):
+        optimizer.step(lambda: 1.0 + 0.0 * p.sum().float())
+        assert optimizer.last_poll.failed
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_2_an_exception_leaves_the_incumbent_and_is_raised_on(at):
+    net, loss = regression()
+    before, calls = values(net), 0
+
+    def failing():
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise ZeroDivisionError("user code")
+        return torch.tensor(1.0)
+
+    optimizer = PatternSearch(net.parameters())
+    with pytest.raises(ZeroDivisionError, match="user code"):
+        optimizer.step(failing)
+    assert equal(net.parameters(), before)
+    start = loss().item()
+    for _ in range(20):
+        optimizer.step(loss)
+    assert optimizer.last_poll.loss_after == loss().item() < start
+
+
+def test_2_a_keyboard_interrupt_too():
+    net, _ = regression()
+    before, calls = values(net), 0
+
+    def interrupted():
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return torch.tensor(1.0)
+
+    with pytest.raises(KeyboardInterrupt):
+        PatternSearch(net.parameters()).step(interrupted)
+    assert equal(net.parameters(), before)
+
+
+def test_3_nan_and_infinity_never_win():
+    p = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+    def loss():  # one direction is better, the others are not even numbers
+        if p[1] > 0:
+            return 1.0 - p[1]
+        return torch.tensor(math.nan if p[0] else math.inf if p.any() else 1.0)
+
+    optimizer = PatternSearch([p], radius=0.25)
+    for _ in range(10):
+        optimizer.step(loss)
+    assert p[0] == p[2] == 0 and p[1] > 1
+
+
+def test_3_an_all_nan_poll_fails_with_a_warning_and_any_number_beats_nan():
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = PatternSearch([p], radius=0.5)
+    with pytest.warns(RuntimeWarning, match="NaN at all 4 trial points"):
+        loss = optimizer.step(lambda: p.sum() * math.nan)
+    assert loss.isnan() and optimizer.last_poll.failed and optimizer.radius == 0.25
+    optimizer.step(lambda: p.sum() if p.any() else p.sum() * math.nan)
+    assert len(optimizer.last_poll.accepted) == 1
+
+
+def test_5_no_backward_no_grad_and_requires_grad_as_it_was():
+    net, loss = regression()
+    net[0].bias.requires_grad_(False)
+    flags = [p.requires_grad for p in net.parameters()]
+    seen = []
+
+    def closure():
+        seen.append(torch.is_grad_enabled())
+        return loss()
+
+    PatternSearch(net.parameters()).step(closure)
+    assert not any(seen)
+    assert [p.requires_grad for p in net.parameters()] == flags
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_5_a_closure_that_runs_backward_works_and_is_told_once():
+    net, loss = regression()
+
+    def closure():
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer = PatternSearch(net.parameters())
+    with pytest.warns(UserWarning, match="runs backward"):
+        first = optimizer.step(closure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert optimizer.step(closure) <= first
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_6_one_dropout_mask_a_poll_and_the_random_state_untouched():
+    net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5))
+    x, masks = torch.ones(3, 4), []
+
+    def closure():
+        out = net(x)
+        masks.append(out == 0)
+        random.random()
+        return torch.tensor(1.0)
+
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    optimizer = PatternSearch(net.parameters())
+    optimizer.step(closure)
+    assert torch.equal(torch.get_rng_state(), state)
+    first = masks[0]
+    assert first.any() and all(torch.equal(mask, first) for mask in masks)
+    masks.clear()
+    optimizer.step(closure)
+    assert not torch.equal(masks[0], first)  # a new poll, a new mask
+
+
+def test_6_buffers_are_untouched():
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    x = torch.randn(8, 4)
+    before = copy.deepcopy(dict(net.named_buffers()))
+    optimizer = PatternSearch(net.parameters(), max_evaluations=20)
+    for _ in range(3):
+        optimizer.step(lambda: net(x).square().mean())
+    for name, value in net.named_buffers():
+        assert torch.equal(value, before[name]), name
+
+
+def test_7_only_a_whole_failed_poll_shrinks():
+    p = nn.Parameter(torch.zeros(5))
+    optimizer = PatternSearch([p], radius=1.0, max_evaluations=3)
+    radii = []
+    for _ in range(8):
+        optimizer.step(lambda: 1.0 + p.square().sum())
+        radii.append(optimizer.radius)
+    assert radii == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.25]  # 10 points: 3 + 3 + 3 + 1
+
+
+def test_7_another_objective_starts_the_count_anew():
+    p = nn.Parameter(torch.zeros(5))
+    optimizer = PatternSearch([p], radius=1.0, max_evaluations=9)
+    for batch in range(6):
+        optimizer.step(lambda batch=batch: batch + p.square().sum())
+        assert optimizer.radius == 1.0
+    optimizer.step(lambda: 5 + p.square().sum())
+    assert optimizer.last_poll.failed and optimizer.radius == 0.5
+
+
+def test_7_changed_parameters_start_the_count_anew():
+    p = nn.Parameter(torch.zeros(5))
+    optimizer = PatternSearch([p], radius=1.0, max_evaluations=9)
+
+    def flat():
+        return torch.tensor(1.0)
+
+    optimizer.step(flat)
+    with torch.no_grad():
+        p.add_(1.0)
+    optimizer.step(flat)
+    assert optimizer.radius == 1.0 and optimizer.last_poll.evaluations == 9
+
+
+@pytest.mark.parametrize("parameters_first", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_9_a_killed_run_resumes_bit_for_bit_in_the_middle_of_a_poll(parameters_first, dropout):
+    def run(steps, saved=None):
+        net, loss = regression(dropout=dropout)
+        optimizer = PatternSearch(net.parameters(), radius=2.0, seed=5, max_evaluations=7)
+        if saved is not None:
+            saved.seek(0)
+            state = torch.load(saved, weights_only=True)
+            parts = [(net, state["net"]), (optimizer, state["optimizer"])]
+            for part, value in parts if parameters_first else reversed(parts):
+                part.load_state_dict(value)
+        reports = []
+        for _ in range(steps):
+            optimizer.step(loss)
+            reports.append(optimizer.last_poll._replace(seconds=0.0))
+        saved = io.BytesIO()
+        torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, saved)
+        return values(net), optimizer, reports, saved
+
+    whole, control, all_reports, _ = run(260)
+    _, _, first_reports, saved = run(133)
+    resumed, optimizer, last_reports, _ = run(127, saved)
+    assert equal(whole, resumed)
+    assert all_reports == first_reports + last_reports
+    assert optimizer.state_dict() == control.state_dict()
+    if not dropout:
+        assert optimizer.radius < 2.0
+
+
+def test_9_the_state_is_plain_numbers():
+    net, loss = regression()
+    optimizer = PatternSearch(net.parameters())
+    optimizer.step(loss)
+    state = optimizer.state_dict()
+    assert all(isinstance(value, (int, float)) for value in state["search"].values())
+    assert state["param_groups"][0]["radius"] == 0.1
+
+
+def test_10_frozen_parameters_stay_and_tied_ones_count_once():
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    net[1].weight = net[0].weight
+    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    x = torch.randn(5, 3)
+    optimizer = PatternSearch([*net.parameters(), frozen])
+    optimizer.step(lambda: 1.0 + 0.0 * (net(x) * frozen.sum()).square().mean())
+    assert optimizer.last_poll.evaluations == 2 * 9
+    for _ in range(30):
+        optimizer.step(lambda: (net(x) * frozen.sum()).square().mean())
+    assert torch.equal(frozen, torch.ones(2)) and net[1].weight is net[0].weight
+
+
+def test_10_freezing_later_is_respected():
+    net, loss = regression()
+    optimizer = PatternSearch(net.parameters(), radius=0.3)
+    optimizer.step(loss)
+    net[0].weight.requires_grad_(False)
+    before, start = net[0].weight.detach().clone(), loss().item()
+    for _ in range(50):
+        optimizer.step(loss)
+    assert torch.equal(net[0].weight, before)
+    assert loss() < start
+
+
+# -- the rest of the interface --------------------------------------------------------------
+
+
+def test_load_state_dict_and_conversion_of_the_model_are_followed():
+    net, loss = regression(dtype=torch.float32)
+    optimizer = PatternSearch(net.parameters(), radius=0.3)
+    optimizer.step(loss)
+    net.load_state_dict({name: torch.zeros_like(v) for name, v in net.state_dict().items()})
+    before = loss().item()
+    optimizer.step(loss)
+    assert optimizer.last_poll.loss_before == pytest.approx(before, rel=1e-6)
+    net.double()
+    x, y = torch.randn(10, 4).double(), torch.randn(10, 2).double()
+    previous = math.inf
+    for _ in range(20):
+        value = optimizer.step(lambda: F.mse_loss(net(x), y)).item()
+        assert value <= previous
+        previous = value
+    assert optimizer.last_poll.loss_after == F.mse_loss(net(x), y).item()
+
+
+def test_radius_of_param_groups():
+    a, b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
+    optimizer = PatternSearch([{"params": [a], "radius": 0.5}, {"params": [b]}], radius=0.125)
+    assert optimizer.radius == 0.5
+    for _ in range(5):
+        optimizer.step(lambda: -(a.sum() + b.sum()))
+    assert ((a % 0.5) == 0).all() and ((b % 0.125) == 0).all()
+    assert a.sum() + b.sum() > 0 and 0.125 in b
+    optimizer.step(lambda: torch.tensor(1.0))
+    assert [group["radius"] for group in optimizer.param_groups] == [0.25, 0.0625]
+    optimizer.radius = 1.0
+    assert [group["radius"] for group in optimizer.param_groups] == [1.0, 1.0]
+
+
+def test_expand_after_success_and_converged_below_min_radius():
+    p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = PatternSearch([p], radius=1.0, expand=2.0, min_radius=0.3)
+    optimizer.step(lambda: (p - 100).square().sum())
+    assert optimizer.radius == 2.0
+    calls = 0
+
+    def counted():
+        nonlocal calls
+        calls += 1
+        return (p - 100).square().sum()
+
+    for _ in range(100):
+        optimizer.step(counted)
+    assert optimizer.converged and optimizer.radius < 0.3 and abs(p - 100) < 0.6
+    used = calls
+    assert optimizer.step(counted) == optimizer.last_poll.loss_after
+    assert calls == used and optimizer.last_poll.evaluations == 0
+    optimizer.radius = 1.0
+    assert not optimizer.converged
+
+
+def test_best_acceptance_takes_the_steepest_coordinate():
+    weights = torch.tensor([1.0, -5.0, 3.0, 0.5])
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = PatternSearch([p], radius=0.5, acceptance="best")
+    optimizer.step(lambda: (weights * p).sum())
+    assert optimizer.last_poll.accepted == [(1, 0.5)]
+    assert optimizer.last_poll.evaluations == 8
+
+
+def test_the_report_and_the_returned_loss():
+    net, loss = regression()
+    optimizer = PatternSearch(net.parameters(), radius=0.2)
+    before = loss().item()
+    value = optimizer.step(loss)
+    report = optimizer.last_poll
+    assert value.shape == () and value.dtype == torch.float64
+    assert report.loss_before == before and report.loss_after == value.item() == loss().item()
+    assert report.radius == 0.2 and not report.failed and report.seconds > 0
+    [(index, delta)] = report.accepted
+    assert 0 <= index < 44 and abs(delta) == 0.2
+    assert report.evaluations == optimizer.evaluations > 0
+
+
+def test_progress_is_told_inside_a_long_poll():
+    import time
+
+    p = nn.Parameter(torch.zeros(40))
+    optimizer = PatternSearch([p])
+    told = []
+    optimizer.progress = lambda tried, total: told.append((tried, total))
+
+    def slow():
+        time.sleep(0.008)
+        return 1.0
+
+    optimizer.step(slow)
+    assert told and all(0 < tried <= 80 and total == 80 for tried, total in told)
+
+
+def test_a_plain_number_is_a_loss_too():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = PatternSearch([p], radius=0.5)
+    for _ in range(10):
+        loss = optimizer.step(lambda: p.abs().sum().item())
+    assert loss == 0.0
+
+
+@pytest.mark.parametrize(
+    "returned, got",
+    [
+        (None, "NoneType"),
+        (torch.ones(3), r"tensor of shape \(3,\)"),
+        ("1", "str"),
+        (torch.tensor(1j), "complex"),
+        (True, "bool"),
+    ],
+)
+def test_closures_that_return_no_loss(returned, got):
+    optimizer = PatternSearch([nn.Parameter(torch.ones(2))])
+    with pytest.raises(TypeError, match=f"scalar loss, got .*{got}"):
+        optimizer.step(lambda: returned)
+
+
+def test_step_needs_a_closure():
+    optimizer = PatternSearch([nn.Parameter(torch.ones(2))])
+    with pytest.raises(TypeError, match="closure that returns the loss.*NoneType"):
+        optimizer.step(None)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"radius": 0.0}, ValueError, "radius must be > 0.0.*got 0.0"),
+        ({"radius": -1.0}, ValueError, "radius must be > 0.0"),
+        ({"radius": math.nan}, ValueError, "radius must be .*got nan"),
+        ({"radius": math.inf}, ValueError, "radius must be .*finite, got inf"),
+        ({"radius": "0.1"}, TypeError, "radius must be a number, got '0.1'"),
+        ({"shrink": 1.0}, ValueError, "shrink must be .*< 1.0"),
+        ({"expand": 0.5}, ValueError, "expand must be >= 1.0"),
+        ({"min_radius": -1.0}, ValueError, "min_radius must be >= 0.0"),
+        ({"max_evaluations": 0}, ValueError, "max_evaluations must be >= 1, got 0"),
+        ({"block_size": 1.5}, TypeError, "block_size must be an integer"),
+        ({"acceptance": "worst"}, ValueError, "acceptance must be one of 'first'.*'worst'"),
+        ({"seed": None, "radius": None}, TypeError, "radius must be a number"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        PatternSearch([nn.Parameter(torch.ones(2))], **arguments)
+
+
+def test_a_bad_radius_of_a_group():
+    with pytest.raises(ValueError, match="radius must be > 0.0"):
+        PatternSearch([{"params": [nn.Parameter(torch.ones(2))], "radius": -0.1}])
+
+
+def test_nothing_to_search():
+    with pytest.raises(ValueError, match="at least one trainable parameter"):
+        PatternSearch([nn.Parameter(torch.ones(2), requires_grad=False)])
+
+
+def test_a_state_of_another_optimizer():
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(KeyError, match="psfast.PatternSearch"):
+        PatternSearch([p]).load_state_dict(torch.optim.SGD([p], lr=0.1).state_dict())
+
+
+def test_an_objective_over_other_parameters_is_refused():
+    net, _ = regression()
+    optimizer = PatternSearch(net.parameters())
+    x, y = torch.ones(1, 4).double(), torch.ones(1, 2).double()
+    f = psfast.objective(net, F.mse_loss, x, y, params=list(net[0].parameters()))
+    with pytest.raises(ValueError, match="objective's params must be the optimizer's"):
+        optimizer.step(f)

@@ -1,0 +1,130 @@
+"""The pure functions: poll order, acceptance, block sizes, when a poll fails."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psfast.search import (
+    PollState,
+    advance,
+    best_improvement,
+    block_size,
+    coordinates,
+    derive_seed,
+    first_improvement,
+    poll_order,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 2**62), st.integers(0, 100))
+def test_poll_order_is_a_permutation(total, seed, order):
+    entries = poll_order(seed, order, 0, total, total)
+    assert torch.equal(entries.sort().values, torch.arange(total))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 500), st.data())
+def test_poll_order_is_a_function_of_the_place_alone(total, data):
+    start = data.draw(st.integers(0, total))
+    count = data.draw(st.integers(0, total - start))
+    whole = poll_order(7, 3, 0, total, total)
+    assert torch.equal(poll_order(7, 3, start, count, total), whole[start : start + count])
+
+
+def test_poll_order_never_changes_between_versions():
+    # A checkpoint resumes only as long as these stay what they are.
+    assert poll_order(0, 0, 0, 8, 242_892).tolist() == [
+        199693,
+        85199,
+        109808,
+        115101,
+        208539,
+        9266,
+        145015,
+        231894,
+    ]
+    assert derive_seed(1, 2, 3) == 1359406628498057490
+
+
+def test_poll_orders_of_two_polls_or_seeds_have_little_in_common():
+    total = 10_000
+    first = poll_order(0, 0, 0, total, total)
+    for other in (poll_order(0, 1, 0, total, total), poll_order(1, 0, 0, total, total)):
+        assert (first == other).sum() < 20  # one place in `total` agrees by chance, on average
+
+
+def test_poll_order_looks_random():
+    """No drift along the permutation: neighbours and places are uncorrelated."""
+    total = 4096
+    entries = poll_order(5, 0, 0, total, total).double()
+    with_place = torch.stack([entries, torch.arange(total).double()])
+    with_next = torch.stack([entries[1:], entries[:-1]])
+    for pair in (with_place, with_next):
+        assert torch.corrcoef(pair)[0, 1].abs() < 5 / math.sqrt(total)
+
+
+def test_poll_order_rejects_places_outside():
+    with pytest.raises(ValueError, match="outside"):
+        poll_order(0, 0, 5, 6, 10)
+
+
+def test_coordinates_cover_both_signs():
+    index, sign = coordinates(torch.arange(6))
+    assert index.tolist() == [0, 0, 1, 1, 2, 2]
+    assert sign.tolist() == [1, -1, 1, -1, 1, -1]
+
+
+@pytest.mark.parametrize(
+    "losses, first, best",
+    [
+        ([3.0, 0.5, 0.2], 1, 2),
+        ([1.0, 1.0], None, None),
+        ([math.nan, 0.9, math.nan, 0.9], 1, 1),
+        ([math.inf, math.nan], None, None),
+        ([-math.inf, 0.5], 0, 0),
+        ([2.0], None, None),
+        ([0.5], 0, 0),
+    ],
+)
+def test_acceptance(losses, first, best):
+    losses = torch.tensor(losses, dtype=torch.float64)
+    decision = first_improvement(losses, 1.0)
+    assert decision.chosen == first
+    assert decision.decided == (len(losses) if first is None else first + 1)
+    decision = best_improvement(losses, 1.0)
+    assert decision.chosen == best
+    assert decision.decided == len(losses)
+    assert decision.nan == losses.isnan().sum()
+    if best is not None:
+        assert decision.loss == losses[best]
+
+
+def test_a_poll_fails_only_when_all_have_failed_at_one_incumbent():
+    total, state = 10, PollState(incumbent=1.0)
+    fail = first_improvement(torch.full((4,), 2.0), 1.0)
+    state, failed = advance(state, fail, total)
+    assert not failed and state.tried == state.position == 4
+    success = first_improvement(torch.tensor([2.0, 0.5]), 1.0)
+    state, failed = advance(state, success, total)
+    assert not failed and state.tried == 0 and state.position == 6 and state.incumbent == 0.5
+    state, failed = advance(state, fail, total)
+    assert not failed and state.position == 0 and state.order == 0
+    state, failed = advance(state, fail, total)
+    assert not failed
+    state, failed = advance(state, first_improvement(torch.full((2,), 2.0), 0.5), total)
+    assert failed and state.order == 1 and state.position == state.tried == 0
+    assert state.evaluations == 16 and state.polls == 2
+
+
+def test_blocks_double_while_nothing_improves():
+    state = PollState(incumbent=1.0)
+    sizes = []
+    for _ in range(6):
+        sizes.append(block_size(state))
+        failed = first_improvement(torch.full((sizes[-1],), 2.0), 1.0)
+        state, _ = advance(state, failed, 10**6)
+    assert sizes == [1, 1, 2, 4, 8, 16]
