@@ -3,7 +3,7 @@
 from setuptools import setup
 
 setup(
-    packages=["psfast", "psfast.objectives", "psfast.configs", "psfast.kernels"],
+    packages=["psfast", "psfast.objectives", "psfast.objectives.batched", "psfast.configs", "psfast.kernels"],
     package_dir={"psfast.kernels": "kernels"},
     package_data={"psfast.configs": ["*.yaml", "*/*.yaml"]},
 )

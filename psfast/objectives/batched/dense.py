@@ -1,0 +1,377 @@
+"""Batching rules: one op on K stacked values, over shared weights.
+
+``run(node, args, kwargs, K)`` evaluates a node whose changed arguments are ``Batch``es and
+returns what the op returns, each tensor with K in front. A rule exists where one call of the
+op itself does it; ``torch.vmap`` of the op does the rest.
+
+What the rules take care of: a trial point's bits depend neither on K nor on its place.
+"""
+
+import operator
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from psfast.objectives.batched.trace import Node, Ref
+from psfast.objectives.batched.values import Batch
+
+aten = torch.ops.aten
+RULES: dict = {}
+
+
+def rule(*ops):
+    def register(function):
+        RULES.update(dict.fromkeys(ops, function))
+        return function
+
+    return register
+
+
+def run(node: Node, args: list, kwargs: dict, K: int):
+    """args, kwargs: the op's, with ``Batch`` for what is stacked and tensors for what is not."""
+    function = RULES.get(node.op)
+    if function is None and torch.Tag.pointwise in getattr(node.op, "tags", ()):
+        function = _pointwise
+    if function is not None:
+        out = function(node, K, *args, **kwargs)
+        if out is not NotImplemented:
+            return out
+    return _vmap(node, args, kwargs)
+
+
+def _vmap(node: Node, args: list, kwargs: dict):
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    stacked = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Batch)]
+
+    def one(*tensors):
+        values = list(leaves)
+        for i, tensor in zip(stacked, tensors, strict=True):
+            values[i] = tensor
+        inner_args, inner_kwargs = pytree.tree_unflatten(values, spec)
+        return node.op(*inner_args, **inner_kwargs)
+
+    return torch.vmap(one)(*(leaves[i].tensor for i in stacked))
+
+
+def _value(x):
+    return x.tensor if isinstance(x, Batch) else x
+
+
+def stack(x, K: int) -> Tensor:
+    """``x`` as K stacked values, without a copy."""
+    return x.tensor if isinstance(x, Batch) else x.expand(K, *x.shape)
+
+
+# --- one value after another --------------------------------------------------------------
+
+
+def align(x, ndim: int):
+    """A stacked value with the dimensions of length one that broadcasting to ``ndim`` adds."""
+    if not isinstance(x, Batch):
+        return x
+    t = x.tensor
+    missing = ndim - (t.ndim - 1)
+    return t.view(t.shape[0], *[1] * missing, *t.shape[1:]) if missing else t
+
+
+def _pointwise(node: Node, K: int, *args, **kwargs):
+    ndim = node.value.ndim
+    if any(isinstance(a, (list, tuple)) for a in args):
+        return NotImplemented
+    function = STEADY.get(node.op, node.op) if node.value.device.type == "cpu" else node.op
+    kwargs = {name: align(a, ndim) for name, a in kwargs.items()}
+    return function(*(align(a, ndim) for a in args), **kwargs)
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    return x.neg().exp_().add_(1).reciprocal_()
+
+
+def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    if approximate == "tanh":
+        inner = (x * x * x).mul_(0.044715).add_(x).mul_(0.7978845608028654)
+        return inner.tanh_().add_(1).mul_(x).mul_(0.5)
+    return (x * 0.7071067811865476).erf_().add_(1).mul_(x).mul_(0.5)
+
+
+def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    return torch.where(x * beta > threshold, x, (x * beta).exp_().log1p_().div_(beta))
+
+
+def _elu(x: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
+    negative = (x * input_scale).expm1_().mul_(alpha * scale)
+    return torch.where(x > 0, x * scale, negative)
+
+
+# On CPU these kernels compute the last few elements by other code than the rest, so the same
+# number gives other bits in another place (measured: torch 2.13, AVX-512). Composed of ops that
+# do not, they are steady. (exp, tanh, erf, log1p, expm1 and the arithmetic are.)
+STEADY = {
+    aten.sigmoid.default: _sigmoid,
+    aten.silu.default: lambda x: _sigmoid(x).mul_(x),
+    aten.gelu.default: _gelu,
+    aten.softplus.default: _softplus,
+    aten.elu.default: _elu,
+    aten.mish.default: lambda x: _softplus(x).tanh_().mul_(x),
+}
+
+
+# --- views ----------------------------------------------------------------------------------
+
+
+def shift(dim: int) -> int:
+    """A dimension of the value as one of the stacked values."""
+    return dim + 1 if dim >= 0 else dim
+
+
+@rule(
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.view_copy.default,
+    aten._reshape_copy.default,
+)  # fmt: skip
+def _view(node, K, x, size):
+    return x.tensor.reshape(x.tensor.shape[0], *size)
+
+
+@rule(aten.transpose.int)
+def _transpose(node, K, x, a, b):
+    return x.tensor.transpose(shift(a), shift(b))
+
+
+@rule(aten.t.default)
+def _t(node, K, x):
+    return x.tensor.transpose(1, 2) if x.tensor.ndim == 3 else x.tensor
+
+
+@rule(aten.permute.default)
+def _permute(node, K, x, dims):
+    ndim = x.tensor.ndim - 1
+    return x.tensor.permute(0, *(d % ndim + 1 for d in dims))
+
+
+@rule(aten.unsqueeze.default)
+def _unsqueeze(node, K, x, dim):
+    return x.tensor.unsqueeze(shift(dim))
+
+
+@rule(aten.squeeze.dim)
+def _squeeze(node, K, x, dim):
+    return x.tensor.squeeze(shift(dim)) if x.tensor.ndim > 1 else x.tensor
+
+
+@rule(aten.expand.default)
+def _expand(node, K, x, size, *, implicit=False):
+    t = align(x, len(size))
+    return t.expand(t.shape[0], *size)
+
+
+@rule(aten.clone.default, aten.detach.default, aten.alias.default, aten.contiguous.default)
+def _same(node, K, x, **_):
+    return x.tensor
+
+
+@rule(aten.slice.Tensor)
+def _slice(node, K, x, dim=0, start=None, end=None, step=1):
+    return aten.slice.Tensor(x.tensor, shift(dim), start, end, step)
+
+
+@rule(aten.select.int)
+def _select(node, K, x, dim, index):
+    return x.tensor.select(shift(dim), index)
+
+
+@rule(
+    aten.split.Tensor, aten.unsafe_split.Tensor, aten.split_with_sizes.default,
+    aten.unsafe_split_with_sizes.default, aten.unbind.int,
+)  # fmt: skip
+def _parts(node, K, x, *args):
+    *sizes, dim = args if _ends_with_dim(node, args) else (*args, 0)
+    return tuple(node.op(x.tensor, *sizes, shift(dim)))
+
+
+def _ends_with_dim(node: Node, args: tuple) -> bool:
+    return len(args) == (1 if node.op is aten.unbind.int else 2)
+
+
+@rule(operator.getitem)
+def _getitem(node, K, x, index):
+    raise AssertionError("getitem is read by the evaluator")
+
+
+@rule(aten.cat.default)
+def _cat(node, K, tensors, dim=0):
+    return torch.cat([stack(t, K) for t in tensors], shift(dim))
+
+
+@rule(aten.stack.default)
+def _stack(node, K, tensors, dim=0):
+    return torch.stack([stack(t, K) for t in tensors], shift(dim))
+
+
+# --- products -------------------------------------------------------------------------------
+
+
+def _is_weight(node: Node, place: int, nodes_weight: tuple) -> bool:
+    return nodes_weight[place]
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x: (K, rows, in), weight: (in, out), bias: (out,) -> (K, rows, out), one product."""
+    K, rows, _ = x.shape
+    flat = x.reshape(K * rows, -1)
+    out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+    return out.view(K, rows, -1)
+
+
+@rule(aten.mm.default)
+def _mm(node, K, x, weight):
+    if isinstance(x, Batch) and not isinstance(weight, Batch) and weight_like(node, 1):
+        return product(x.tensor, weight)
+    return torch.bmm(stack(x, K), stack(weight, K))
+
+
+@rule(aten.addmm.default)
+def _addmm(node, K, bias, x, weight, *, beta=1, alpha=1):
+    if beta != 1 or alpha != 1:
+        return NotImplemented
+    if isinstance(x, Batch) and not isinstance(weight, Batch) and weight_like(node, 2):
+        if not isinstance(bias, Batch) and bias.ndim == 1:
+            return product(x.tensor, weight, bias)
+        return product(x.tensor, weight) + align(bias, 2)
+    return torch.bmm(stack(x, K), stack(weight, K)) + align(bias, 2)
+
+
+def weight_like(node: Node, place: int) -> bool:
+    """Whether this argument is a weight: then even as the base it has no batch dimension."""
+    return place in node.shapes["weights"]
+
+
+@rule(aten.bmm.default)
+def _bmm(node, K, a, b):
+    a, b = stack(a, K), stack(b, K)
+    out = torch.bmm(a.reshape(-1, *a.shape[2:]), b.reshape(-1, *b.shape[2:]))
+    return out.view(K, -1, *out.shape[1:])
+
+
+@rule(
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)
+def _attention(node, K, q, k, v, *args, **kwargs):
+    if any(isinstance(a, (Batch, Tensor)) for a in (*args, *kwargs.values())):
+        return NotImplemented
+    # not as a view: (K, B) merge for any layout of the heads that follow
+    q, k, v = (stack(x, K).flatten(0, 1) for x in (q, k, v))
+    out = node.op(q, k, v, *args, **kwargs)[0]
+    return (out.unflatten(0, (K, -1)), *[None] * 8)
+
+
+# --- what is first in N: images -----------------------------------------------------------------
+
+
+def images(x: Tensor) -> Tensor:
+    """(K, N, ...) -> (K N, ...)"""
+    return x.reshape(-1, *x.shape[2:])
+
+
+@rule(aten.convolution.default)
+def _convolution(node, K, x, weight, bias, *args):
+    if not isinstance(x, Batch) or isinstance(weight, Batch) or isinstance(bias, Batch):
+        return NotImplemented
+    if node.value.ndim != node.value.ndim or x.tensor.ndim != weight.ndim + 1:
+        return NotImplemented
+    out = node.op(images(x.tensor), weight, bias, *args)
+    return out.view(K, -1, *out.shape[1:])
+
+
+@rule(
+    aten.max_pool2d_with_indices.default, aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default,
+)  # fmt: skip
+def _pool(node, K, x, *args):
+    if x.tensor.ndim != 5:
+        return NotImplemented
+    out = node.op(images(x.tensor), *args)
+    if isinstance(out, tuple):
+        return (out[0].view(K, -1, *out[0].shape[1:]), None)
+    return out.view(K, -1, *out.shape[1:])
+
+
+# --- normalisation ------------------------------------------------------------------------------
+
+
+@rule(aten.native_layer_norm.default)
+def _layer_norm(node, K, x, shape, weight, bias, eps):
+    if isinstance(weight, Batch) or isinstance(bias, Batch):
+        out = node.op(stack(x, K), shape, None, None, eps)[0]
+        ndim = out.ndim - 1
+        out = out * align(weight, ndim) if weight is not None else out
+        out = out + align(bias, ndim) if bias is not None else out
+        return (out, None, None)
+    return (node.op(x.tensor, shape, weight, bias, eps)[0], None, None)
+
+
+@rule(aten.native_batch_norm.default)
+def _batch_norm(node, K, x, weight, bias, mean, var, training, momentum, eps):
+    weight, bias = (None if v is None else stack(v, K).reshape(-1) for v in (weight, bias))
+    if training:
+        mean = var = None  # written to by the op, and not part of the output
+    else:
+        mean, var = mean.repeat(K), var.repeat(K)
+    t = stack(x, K)
+    t = t.transpose(0, 1)
+    channels = t.reshape(t.shape[0], -1, *t.shape[3:])
+    out = torch.batch_norm(channels, weight, bias, mean, var, training, momentum, eps, False)
+    out = out.view(t.shape[0], K, -1, *out.shape[2:])
+    return (out.transpose(0, 1), None, None)
+
+
+for name in ("_native_batch_norm_legit_functional", "_batch_norm_with_update_functional"):
+    if hasattr(aten, name):
+        op = getattr(aten, name).default
+
+        def _functional(node, K, x, weight, bias, mean, var, *rest, op=op):
+            training, momentum, eps = rest if len(rest) == 3 else (True, *rest)
+            out = _batch_norm(node, K, x, weight, bias, mean, var, training, momentum, eps)
+            return (*out, None, None)
+
+        RULES[op] = _functional
+
+
+# --- the loss -----------------------------------------------------------------------------------
+
+
+@rule(aten._log_softmax.default, aten._softmax.default)
+def _log_softmax(node, K, x, dim, half_to_float):
+    return node.op(x.tensor, shift(dim), half_to_float)
+
+
+@rule(aten.nll_loss_forward.default)
+def _nll_loss(node, K, x, target, weight, reduction, ignore_index):
+    if isinstance(target, Batch) or isinstance(weight, Batch) or reduction == 0:
+        return NotImplemented
+    if x.tensor.ndim != 3 or not isinstance(x, Batch):
+        return NotImplemented
+    memo = node.memo
+    if "counted" not in memo:
+        counted = (target != ignore_index).nonzero().squeeze(1)
+        memo["counted"] = counted
+        memo["class"] = target[counted]
+        memo["weight"] = None if weight is None else weight[target[counted]]
+        memo["total"] = len(counted) if weight is None else memo["weight"].sum()
+    picked = x.tensor[:, memo["counted"], memo["class"]]
+    if weight is not None:
+        picked = picked * memo["weight"]
+    total = picked.neg().sum(1)
+    if reduction == 1:
+        total = total / memo["total"] if weight is not None else total.div_(_count(memo, total))
+    return (total, None)
+
+
+def _count(memo: dict, like: Tensor) -> Tensor:
+    return torch.full((), memo["total"], dtype=like.dtype, device=like.device)
+
+
+def reads(node: Node) -> list[int]:
+    return [int(a) for a in node.args if isinstance(a, Ref)]

@@ -1,0 +1,299 @@
+"""``BatchedObjective``: K trial points as one forward pass, from the changed tensor on."""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from psfast.flat import trainable
+from psfast.objectives.base import Objective, check_block
+from psfast.objectives.batched.evaluate import COPIES, Evaluator, Plan
+from psfast.objectives.batched.trace import composite_state, plain_loss, trace
+
+_SHARE = 4  # of the free memory, one part in so many is the default workspace
+_CACHED = 4 << 20  # bytes that the largest value of a chunk may take on CPU: more misses the cache
+_LARGEST_CHUNK = 4096
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+
+class BatchedObjective(Objective):
+    """``criterion(model(inputs), targets)`` for blocks of trial points, for any traceable model.
+
+    params: default: the model's trainable ones, tied ones once
+    seed: of the dropout mask that all trial points share
+    workspace: bytes that a chunk of trial points may take; default: a quarter of what is free
+
+    The model is traced once; a trial point runs from the tensor that it changes on, on the
+    incumbent's values, and many run stacked over shared weights. The trace holds for batches
+    of the same shapes; ``set_batch`` traces again for others.
+
+    Raises ValueError, with the reason, for a model that cannot be traced or whose trace does
+    not reproduce it.
+    """
+
+    backend = "batched"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable,
+        inputs,
+        targets,
+        *,
+        params: list[nn.Parameter] | None = None,
+        seed: int = 0,
+        workspace: int | None = None,
+    ):
+        super().__init__(trainable(model.parameters()) if params is None else params)
+        if workspace is not None and workspace < 1:
+            raise ValueError(f"workspace must be a number of bytes >= 1, got {workspace!r}")
+        self.model, self.criterion, self.seed = model, criterion, seed
+        self.inputs, self.targets = inputs, targets
+        self.device = self.flat.buffer.device
+        self.workspace = _free_bytes(self.device) // _SHARE if workspace is None else workspace
+        self._warned = set()
+        self._dirty: frozenset[int] | None = frozenset()
+        self._build()
+
+    # --- what the search calls ------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        self._bring_up_to_date()
+        return self._evaluator.loss.clone()
+
+    @torch.no_grad()
+    def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
+        check_block(index, delta, self.flat.size)
+        self._bring_up_to_date()
+        index, delta = index.to(self.device), self._rounded(index.to(self.device), delta)
+        number = torch.bucketize(index, self._stops, right=True)
+        order = torch.argsort(number, stable=True)
+        counts = torch.bincount(number, minlength=len(self.params)).tolist()
+        if len(counts) > len(self.params) or (len(index) and index.min() < 0):
+            raise IndexError(f"index must lie in [0, {self.flat.size}), got {index.tolist()}")
+        losses = self._evaluator.loss.repeat(len(index))
+        start = 0
+        for plan, count in zip(self._evaluator.plans, counts, strict=True):
+            if count:
+                which = order[start : start + count]
+                at = index[which] - self.flat.offsets[plan.number]
+                self._group(plan, at, delta[which], which, losses)
+                start += count
+        return losses
+
+    @torch.no_grad()
+    def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
+        check_block(index, delta, self.flat.size)
+        self._bring_up_to_date()
+        index, delta = index.to(self.device), delta.to(self.device)
+        buffer = self.flat.buffer
+        saved = buffer[index]
+        try:
+            buffer[index] = saved + delta.to(buffer.dtype)
+            return self._evaluator.loss_with(self._tensors_of(index)).clone()
+        finally:
+            buffer[index] = saved
+
+    @torch.no_grad()
+    def accept(self, index: Tensor, delta: Tensor) -> None:
+        check_block(index, delta, self.flat.size)
+        self._bring_up_to_date()
+        self.flat.add(index.to(self.device), delta.to(self.device))
+        self._dirty |= self._tensors_of(index)
+
+    @torch.no_grad()
+    def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
+        self.inputs, self.targets = inputs, targets
+        self.seed = self.seed if seed is None else seed
+        if self._signature() != self._traced_for or self._evaluator.graph.fixed_batch:
+            self._build()
+        else:
+            self._take_batch()
+
+    # --- the incumbent ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _build(self) -> None:
+        graph = trace(self.model, self.criterion, self.inputs, self.targets, self.device)
+        self._evaluator = Evaluator(graph, self.params)
+        self._traced_for = self._signature()
+        self._stops = torch.tensor(self.flat.offsets[1:], device=self.device)
+        self._chunks: dict[int, int] = {}
+        self._take_batch()
+        self._bring_up_to_date()
+        self._verify()
+
+    def _take_batch(self) -> None:
+        self._read_state()
+        self._evaluator.draw(self._tensors(), self.seed, self.device)
+        self._dirty = None
+
+    def _read_state(self) -> None:
+        params, buffers = composite_state(self.model, self.criterion)
+        state = [*params.values(), *buffers.values()]
+        self._buffers = list(buffers.values())
+        self._versions = [b._version for b in self._buffers]
+        self._evaluator.read_state(state)
+
+    def _bring_up_to_date(self) -> None:
+        if self.flat.changed() or self._versions != [b._version for b in self._buffers]:
+            self._take_batch()
+        if self._dirty is None or self._dirty:
+            self._evaluator.refresh(self._dirty)
+            self._dirty = frozenset()
+
+    def _tensors(self) -> list[Tensor]:
+        leaves = pytree.tree_leaves((self.inputs, self.targets))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def _signature(self) -> tuple:
+        """What a trace holds for: the batch's structure, and which modules train."""
+        leaves, spec = pytree.tree_flatten((self.inputs, self.targets))
+        kinds = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves]
+        modules = self.model.modules()
+        return spec, kinds, [m.training for m in modules]
+
+    def _verify(self) -> None:
+        """Raise ValueError unless the graph has the model's loss, here and at another point."""
+        self._compare("the incumbent")
+        buffer = self.flat.buffer
+        saved = buffer.clone()
+        generator = torch.Generator(device=self.device).manual_seed(self.seed)
+        step = torch.randn(
+            buffer.shape, generator=generator, device=self.device, dtype=buffer.dtype
+        )
+        try:
+            buffer.add_(step.mul_(0.05))
+            self._evaluator.refresh()
+            self._compare("another point")
+        finally:
+            buffer.copy_(saved)
+            self._evaluator.refresh()
+
+    def _compare(self, where: str) -> None:
+        got = self._evaluator.loss
+        args = (self.model, self.criterion, self.inputs, self.targets, self.seed)
+        expected = plain_loss(*args)
+        if got.shape != expected.shape:
+            raise ValueError(f"the loss must be a scalar, got shape {tuple(expected.shape)}")
+        if not torch.equal(expected, plain_loss(*args)):
+            if self.device.type == "cpu":
+                raise ValueError("the model's loss differs from one evaluation to the next")
+        bound = _TOLERANCE.get(expected.dtype, 0.05)
+        if not torch.allclose(got, expected, rtol=bound, atol=bound * 1e-3, equal_nan=True):
+            raise ValueError(
+                f"the trace does not reproduce the model at {where}: loss {got.item():.9g}, "
+                f"the model's {expected.item():.9g}; does its control flow depend on values, or "
+                "does it read a parameter outside of torch?"
+            )
+
+    # --- trial points --------------------------------------------------------------------------
+
+    def _rounded(self, index: Tensor, delta: Tensor) -> Tensor:
+        """The changes that the trial values, rounded as the parameters are, amount to."""
+        value = self.flat.buffer[index]
+        return (value + delta.to(self.device, value.dtype)).sub_(value)
+
+    def _tensors_of(self, index: Tensor) -> frozenset[int]:
+        return frozenset(torch.bucketize(index.to(self.device), self._stops, right=True).tolist())
+
+    def _group(self, plan: Plan, at: Tensor, delta: Tensor, which: Tensor, losses: Tensor) -> None:
+        """Write the losses of the trial points of one tensor to their places ``which``."""
+        if not plan.nodes:
+            return
+        start = 0
+        while start < len(at):
+            chunk = slice(start, start + _LARGEST_CHUNK)
+            env = self._evaluator.sparse_part(plan, at[chunk], delta[chunk])
+            changes = torch.stack([value.changes() for value in env.values()]).any(0)
+            moved = changes.nonzero().squeeze(1)
+            if len(moved):
+                memo: dict = {}
+                env = {i: value.select(moved, memo) for i, value in env.items()}
+                losses[which[chunk][moved]] = self._heavy(plan, env, len(moved)).to(losses.dtype)
+            start += _LARGEST_CHUNK
+
+    def _heavy(self, plan: Plan, env: dict, count: int) -> Tensor:
+        parts, start = [], 0
+        while start < count:
+            size = self._chunk_size(plan, count - start)
+            places = torch.arange(start, start + size, device=self.device).clamp_(max=count - 1)
+            memo: dict = {}
+            chunk = {i: value.select(places, memo) for i, value in env.items()}
+            try:
+                parts.append(self._evaluator.losses(plan, chunk, size)[: count - start])
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                self._halve(plan, size, error)
+                continue
+            start += size
+        return torch.cat(parts)
+
+    def _chunk_size(self, plan: Plan, count: int) -> int:
+        """The chunk for the next ``count`` trial points, a power of two.
+
+        At most a quarter of it is padding, unless a smaller chunk would have other bits.
+        """
+        most = self._most(plan)
+        size = COPIES
+        while size < min(count, most):
+            size *= 2
+        if size > COPIES and count < size * 3 // 4:
+            size //= 2
+        while size < most and not self._is_steady(plan, size):
+            size *= 2
+        if size == most and not self._is_steady(plan, size):
+            self._warn_once(
+                "bits",
+                "the last bits of a trial point's loss may depend on its block: this model has "
+                "an operation that computes the incumbent by other code than its trial points",
+            )
+        return size
+
+    def _most(self, plan: Plan) -> int:
+        if plan.number not in self._chunks:
+            alive, largest = plan.footprint(self._evaluator.graph.nodes)
+            bound = self.workspace // max(alive, 1)
+            if self.device.type == "cpu":
+                bound = min(bound, _CACHED // max(largest, 1))
+            bound = min(max(bound, COPIES), _LARGEST_CHUNK)
+            self._chunks[plan.number] = 1 << int(math.log2(bound))
+        return self._chunks[plan.number]
+
+    def _is_steady(self, plan: Plan, size: int) -> bool:
+        """Whether chunks of this size give the incumbent, everywhere, the incumbent's bits."""
+        if size not in plan.sizes:
+            at = torch.arange(size, device=self.device) % self.params[plan.number].numel()
+            zero = torch.zeros(size, dtype=self.flat.buffer.dtype, device=self.device)
+            env = self._evaluator.sparse_part(plan, at, zero)
+            self._evaluator.losses(plan, env, size, check=True)
+        return plan.sizes[size]
+
+    def _halve(self, plan: Plan, size: int, error: Exception) -> None:
+        is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not is_memory or size <= COPIES:
+            raise error
+        self._chunks[plan.number] = size // 2
+        self._warn_once("memory", f"out of memory: going on with chunks of {size // 2}")
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(message, UserWarning, stacklevel=6)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, workspace={self.workspace / 2**20:.0f} MiB"
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return 4 << 30  # not Linux: assume that a workspace of a quarter of this is there

@@ -1,0 +1,254 @@
+"""The composite loss ``criterion(model(inputs), targets)`` as a functional graph of aten ops.
+
+The graph is what the model did once, on one batch: a list of ``Node`` in the order they ran,
+each naming the nodes it reads. In-place operations are gone, random draws are nodes of their
+own (so a mask is drawn once and then held), and control flow that reads a value is refused.
+"""
+
+import operator
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+aten = torch.ops.aten
+
+# Of their first argument these read the shape and the dtype, never the values.
+SHAPE_ONLY = {
+    aten.empty_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.rand_like.default,
+    aten.randn_like.default,
+    aten.new_empty.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.bernoulli.p,
+}
+
+
+class Ref(int):
+    """A place in ``node.args`` that holds the value of the node of this number."""
+
+
+class Node:
+    """One op of the graph.
+
+    args, kwargs: as the op takes them, a ``Ref`` in the place of another node's value
+    inputs: the numbers of the nodes it reads
+    depends: the numbers (in ``Graph.params``) of the trained tensors its value depends on
+    weight: made of parameters and buffers alone, so it has no batch dimension
+    value: the incumbent's value, a tensor or a tuple of them; None until it is computed
+    memo: what rules keep about the incumbent; emptied when ``value`` changes
+    shapes: what rules keep about the shapes; never emptied
+    """
+
+    __slots__ = (
+        "args", "depends", "inputs", "kwargs", "memo", "number", "op", "shapes", "value", "weight",
+    )  # fmt: skip
+
+    def __init__(self, number: int, op, args: tuple = (), kwargs: dict | None = None):
+        self.number = number
+        self.op = op
+        self.args = args
+        self.kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, self.kwargs))
+        self.inputs = list(dict.fromkeys(int(a) for a in leaves if isinstance(a, Ref)))
+        self.depends: frozenset[int] = frozenset()
+        self.weight = False
+        self.value = None
+        self.memo: dict = {}
+        self.shapes: dict = {}
+
+    def __repr__(self) -> str:
+        return f"Node({self.number}, {self.op}, {self.args}, {self.kwargs})"
+
+
+class Graph:
+    """nodes: in running order; ``loss`` is the number of the last one.
+
+    state: number of a node -> the parameter or buffer that it stands for
+    data: the numbers of the nodes of the tensors among inputs and targets, in tree order
+    fixed_batch: the graph holds for this one batch only (an output's shape depends on values)
+    """
+
+    def __init__(self, nodes, loss: int, state: dict[int, Tensor], data: list[int]):
+        self.nodes: list[Node] = nodes
+        self.loss = loss
+        self.state = state
+        self.data = data
+        tags = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+        self.fixed_batch = any(tags & set(getattr(n.op, "tags", ())) for n in nodes)
+
+    def mark(self, params: list[nn.Parameter]) -> None:
+        """Fill in ``depends`` and ``weight`` of every node, for these trained tensors."""
+        order = {p: number for number, p in enumerate(params)}
+        data = set(self.data)
+        for node in self.nodes:
+            if node.number in self.state:
+                tensor = self.state[node.number]
+                node.depends = frozenset([order[tensor]] if tensor in order else ())
+                node.weight = True
+            elif node.number not in data and node.op is not None:
+                read = [self.nodes[i] for i in node.inputs]
+                if node.op not in SHAPE_ONLY:
+                    node.depends = frozenset().union(*(n.depends for n in read))
+                node.weight = bool(read) and all(n.weight or not n.inputs for n in read)
+                node.weight &= not any(n.number in data for n in read)
+                node.weight &= any(n.weight for n in read)
+
+
+class _Loss(nn.Module):
+    def __init__(self, model: nn.Module, criterion: Callable):
+        super().__init__()
+        self.model = model
+        self.criterion = criterion
+
+    def forward(self, inputs, targets):
+        return self.criterion(self.model(inputs), targets)
+
+
+def plain_loss(model, criterion, inputs, targets, seed: int, state: dict | None = None) -> Tensor:
+    """The loss as the model computes it, with the dropout masks of ``seed``.
+
+    state: values to use in place of the parameters' (keys as in ``composite_state``).
+    Buffers are copied, so what the forward pass writes to them is lost.
+    """
+    loss = _Loss(model, criterion)
+    buffers = {name: b.clone() for name, b in loss.named_buffers()}
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with _plain_kernels(), seeded(seed, device):
+        return functional_call(loss, {**buffers, **(state or {})}, (inputs, targets))
+
+
+def composite_state(model: nn.Module, criterion: Callable) -> tuple[dict, dict]:
+    """(parameters, buffers) of model and criterion by name, tied ones once."""
+    loss = _Loss(model, criterion)
+    return dict(loss.named_parameters()), dict(loss.named_buffers())
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device):
+    """Draw from ``seed``; leave the global random state as it was."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _plain_kernels():
+    """No monolithic kernels (fused encoder layers, oneDNN and cuDNN recurrences), no compiler."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        fast_encoder = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_encoder)
+        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """One product over all rows, whatever the layout of ``x``."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def trace(model: nn.Module, criterion: Callable, inputs, targets, device) -> Graph:
+    """The graph of the loss on this batch.
+
+    Raises ValueError, with the reason, for what cannot be traced.
+    """
+    loss = _Loss(model, criterion)
+    params, buffers = composite_state(model, criterion)
+    leaves, spec = pytree.tree_flatten((inputs, targets))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def run(params, buffers, tensors):
+        batch = list(leaves)
+        for i, tensor in zip(places, tensors, strict=True):
+            batch[i] = tensor
+        return functional_call(
+            loss, {**params, **buffers}, tuple(pytree.tree_unflatten(batch, spec))
+        )
+
+    def example():
+        return (
+            {name: p.detach() for name, p in params.items()},
+            {name: b.clone() for name, b in buffers.items()},
+            [leaves[i].detach() for i in places],
+        )
+
+    flat, tree = pytree.tree_flatten(example())
+    table = {aten.linear.default: _linear}
+    try:
+        with _plain_kernels(), seeded(0, device):
+            # Twice: the first pass takes composite ops apart, which may write in place to
+            # views; the second one sees every write and turns it into a new value.
+            first = make_fx(lambda *a: run(*pytree.tree_unflatten(a, tree)), table)(*flat)
+            flat = pytree.tree_leaves(example())
+            functional = functionalize(first, remove="mutations")
+            traced = make_fx(functional)(*flat)
+    except Exception as error:  # whatever a user's forward raises, tracing is not for it
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"the model cannot be traced: {type(error).__name__}: {reason[0] if reason else ''}"
+        ) from error
+    return _read(traced, list(params.values()) + list(buffers.values()), len(places))
+
+
+def _read(traced: torch.fx.GraphModule, state: list[Tensor], n_data: int) -> Graph:
+    """Our nodes from torch's, without what the loss does not need."""
+    traced.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    nodes: list[Node] = []
+    number: dict[torch.fx.Node, int] = {}
+    loss = None
+    for fx in traced.graph.nodes:
+        if fx.op == "output":
+            (loss,) = pytree.tree_leaves(fx.args)
+            continue
+        args, kwargs = torch.fx.node.map_arg((fx.args, fx.kwargs), lambda n: Ref(number[n]))
+        if fx.op == "call_function":
+            _check(fx.target)
+            node = Node(len(nodes), fx.target, args, kwargs)
+        else:
+            node = Node(len(nodes), None)
+            if fx.op == "get_attr":
+                node.value = getattr(traced, fx.target).detach()
+        number[fx] = node.number
+        nodes.append(node)
+    if not isinstance(loss, torch.fx.Node):
+        raise ValueError("the loss does not depend on the model: the trace made it a constant")
+    placeholders = [number[fx] for fx in traced.graph.nodes if fx.op == "placeholder"]
+    n_state = len(state)
+    if len(placeholders) != n_state + n_data:
+        raise ValueError(
+            f"the trace has {len(placeholders)} inputs, expected {n_state} parameters and buffers "
+            f"and {n_data} tensors of the batch"
+        )
+    return Graph(
+        nodes,
+        number[loss],
+        dict(zip(placeholders[:n_state], state, strict=True)),
+        placeholders[n_state:],
+    )
+
+
+def _check(op) -> None:
+    if op is operator.getitem:
+        return
+    if not isinstance(op, torch._ops.OpOverload):
+        raise ValueError(f"the trace holds {op}, which is not a tensor operation")
+    if op._schema.is_mutable:
+        raise ValueError(f"the trace holds {op}, which writes in place")

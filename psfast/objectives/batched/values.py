@@ -1,0 +1,108 @@
+"""How K trial points of one block differ from the incumbent, at one node of the graph.
+
+A node's value is one of three, besides "as at the incumbent" (a plain tensor):
+
+``OneHot``  a parameter, or a view of one, with one element changed
+``Column``  an activation with one column changed, in one dimension the same for all K
+``Batch``   anything: K whole values, stacked
+"""
+
+from torch import Tensor
+
+
+class Batch:
+    """tensor: (K, *shape)"""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+    def dense(self) -> Tensor:
+        return self.tensor
+
+
+class OneHot:
+    """Trial point k has ``base`` plus ``delta[k]`` at the flat (row-major) place ``at[k]``.
+
+    base: (*shape); at: (K,) int64, -1 for "not in this view"; delta: (K,)
+    """
+
+    __slots__ = ("at", "base", "delta")
+
+    def __init__(self, base: Tensor, at: Tensor, delta: Tensor):
+        self.base = base
+        self.at = at
+        self.delta = delta
+
+    def reach(self) -> tuple[Tensor, Tensor]:
+        """(place, delta) with a change of zero at place 0 for "not in this view"."""
+        return self.at.clamp(min=0), self.delta.masked_fill(self.at < 0, 0)
+
+    def changes(self) -> Tensor:
+        """(K,) bool: whether the trial point's value may differ from the incumbent's."""
+        return (self.at >= 0) & (self.delta != 0)
+
+    def select(self, which: Tensor, memo: dict) -> "OneHot":
+        return OneHot(self.base, _select(self.at, which, memo), _select(self.delta, which, memo))
+
+    def dense(self) -> Tensor:
+        K = len(self.at)
+        at, delta = self.reach()
+        flat = self.base.reshape(1, -1).repeat(K, 1)
+        flat.scatter_add_(1, at[:, None], delta[:, None])
+        return flat.view(K, *self.base.shape)
+
+
+class Column:
+    """Trial point k has ``base``, but ``new[k]`` in column ``at[k]`` of dimension ``dim``.
+
+    base: (*shape); dim: counted from the end, so < 0; at: (K,) int64;
+    new: (K, *shape with 1 at dim)
+
+    Columns with the same ``at`` (the object) change the same columns.
+    """
+
+    __slots__ = ("at", "base", "dim", "new")
+
+    def __init__(self, base: Tensor, dim: int, at: Tensor, new: Tensor):
+        self.base = base
+        self.dim = dim
+        self.at = at
+        self.new = new
+
+    def old(self) -> Tensor:
+        """The incumbent's columns, as ``new`` has the trial points': (K, *shape with 1 at dim)"""
+        return columns(self.base, self.dim, self.at)
+
+    def changes(self) -> Tensor:
+        """(K,) bool: whether the trial point's value differs from the incumbent's (NaN does)."""
+        return (self.new != self.old()).flatten(1).any(1)
+
+    def select(self, which: Tensor, memo: dict) -> "Column":
+        new = self.new.index_select(0, which)
+        return Column(self.base, self.dim, _select(self.at, which, memo), new)
+
+    def dense(self) -> Tensor:
+        K = len(self.at)
+        out = self.base.unsqueeze(0).repeat(K, *[1] * self.base.ndim)
+        return out.scatter_(self.dim, spread(self.at, self.new), self.new)
+
+
+def columns(base: Tensor, dim: int, at: Tensor) -> Tensor:
+    """Column ``at[k]`` of dimension ``dim`` < 0, for every k: (K, *shape with 1 at dim)"""
+    taken = base.movedim(dim, 0).index_select(0, at)
+    return taken.unsqueeze(dim) if dim == -1 else taken.unsqueeze(1).movedim(1, dim)
+
+
+def spread(at: Tensor, like: Tensor) -> Tensor:
+    """``at`` (K,) as an index of the shape of ``like`` (K, ...)."""
+    return at.view(-1, *[1] * (like.ndim - 1)).expand(like.shape)
+
+
+def _select(tensor: Tensor, which: Tensor, memo: dict) -> Tensor:
+    """Once a tensor: columns that share ``at`` go on sharing it."""
+    key = id(tensor)
+    if key not in memo:
+        memo[key] = tensor.index_select(0, which)
+    return memo[key]
