@@ -1,0 +1,526 @@
+"""From trial points to losses of a decoder-only transformer, in one kernel.
+
+One program serves one trial point and one group of whole sequences, M rows. It starts at the
+changed tensor from the incumbent's cache (plus a rank-1 term), keeps the residual stream in
+registers through all later blocks, and stores one number: how much the summed cross-entropy of
+its rows differs from the incumbent's. ``reduce_losses`` adds these in float64, in a fixed
+order, so a trial point's loss does not depend on the block it is in.
+
+The incumbent runs through the same code (``CACHE``), which then also stores what the starts
+need. Rows that a change cannot reach contribute exactly zero, and a program none of whose rows
+is reached stops before it computes anything: exact no-ops have the incumbent's loss, bitwise.
+
+Shapes below: M rows of a program; TP positions of a sequence (a power of two >= T); R all
+padded rows; DP, FP, VP: d_model, d_ff and the vocabulary, padded; DK: d_k, padded; AP: heads
+times DK, padded. Padded weights are zero.
+"""
+
+import triton
+import triton.language as tl
+
+# Kinds of tensors, in pairs of weight and bias (the first pair: the two embeddings).
+TOKEN = tl.constexpr(0)
+POSITION = tl.constexpr(1)
+LN1_WEIGHT = tl.constexpr(2)
+LN1_BIAS = tl.constexpr(3)
+QKV_WEIGHT = tl.constexpr(4)
+QKV_BIAS = tl.constexpr(5)
+OUT_WEIGHT = tl.constexpr(6)
+OUT_BIAS = tl.constexpr(7)
+LN2_WEIGHT = tl.constexpr(8)
+LN2_BIAS = tl.constexpr(9)
+FF1_WEIGHT = tl.constexpr(10)
+FF1_BIAS = tl.constexpr(11)
+FF2_WEIGHT = tl.constexpr(12)
+FF2_BIAS = tl.constexpr(13)
+NORM_WEIGHT = tl.constexpr(14)
+NORM_BIAS = tl.constexpr(15)
+HEAD_WEIGHT = tl.constexpr(16)
+HEAD_BIAS = tl.constexpr(17)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _split(a, MODE: tl.constexpr):
+    """``a`` as fp16 (hi, lo), a = hi + lo to 22 bits; the other modes take ``a`` as it is.
+
+    Beyond 65,504 hi is infinite and lo the opposite infinity, so whatever is computed from
+    them is NaN and the caller sees the overflow.
+    """
+    if MODE == "fp16x3":
+        hi = a.to(tl.float16)
+        lo = (a - hi.to(tl.float32)).to(tl.float16)
+        return hi, lo
+    else:
+        return a, a
+
+
+@triton.jit
+def _dot(a_hi, a_lo, b_hi, b_lo, acc, MODE: tl.constexpr):
+    """``acc + a @ b``, the small products first."""
+    if MODE == "fp16x3":
+        acc = tl.dot(a_lo, b_hi, acc)
+        acc = tl.dot(a_hi, b_lo, acc)
+        return tl.dot(a_hi, b_hi, acc)
+    elif MODE == "tf32x3":
+        return tl.dot(a_hi, b_hi, acc, input_precision="tf32x3")
+    else:
+        return tl.dot(a_hi, b_hi, acc, input_precision="ieee")
+
+
+@triton.jit
+def _linear(
+    a_hi,
+    a_lo,
+    w_ptr,
+    hi_ptr,
+    lo_ptr,
+    start,
+    acc,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """``acc + a @ w`` for w (IN, OUT), packed from ``start`` on; times SCALE in fp16x3.
+
+    ``start`` goes into the column offsets, so that the (IN, OUT) offsets depend on the loop
+    around: as loop invariants they would be hoisted and fill the registers.
+    """
+    at = (start + tl.arange(0, OUT))[None, :] + (tl.arange(0, IN) * STRIDE)[:, None]
+    if MODE == "fp16x3":
+        return _dot(a_hi, a_lo, tl.load(hi_ptr + at), tl.load(lo_ptr + at), acc, MODE)
+    else:
+        w = tl.load(w_ptr + at)
+        return _dot(a_hi, a_lo, w, w, acc, MODE)
+
+
+@triton.jit
+def _layer_norm(x, weight, bias, eps, D: tl.constexpr, DP: tl.constexpr):
+    """LayerNorm of the rows of x (M, DP), of which the first D columns count."""
+    centred = x - (tl.sum(x, 1) / D)[:, None]
+    if D < DP:
+        centred = tl.where((tl.arange(0, DP) < D)[None, :], centred, 0.0)
+    variance = tl.sum(centred * centred, 1) / D
+    scale = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    return centred * scale[:, None] * weight[None, :] + bias[None, :]
+
+
+@triton.jit
+def _attend(q, k, v, scale, BATCH: tl.constexpr, TP: tl.constexpr, DK: tl.constexpr, MODE: tl.constexpr):
+    """Causal softmax attention of q, k, v (BATCH, TP, DK); scale = log2(e) / sqrt(d_k)."""
+    q_hi, q_lo = _split(q, MODE)
+    k_hi, k_lo = _split(tl.permute(k, (0, 2, 1)), MODE)
+    v_hi, v_lo = _split(v, MODE)
+    scores = _dot(q_hi, q_lo, k_hi, k_lo, tl.zeros((BATCH, TP, TP), tl.float32), MODE)
+    t = tl.arange(0, TP)
+    scores = tl.where((t[:, None] >= t[None, :])[None, :, :], scores, float("-inf"))
+    p = tl.exp2((scores - tl.max(scores, 2)[:, :, None]) * scale)
+    total = tl.sum(p, 2)
+    p_hi, p_lo = _split(p, MODE)
+    mixed = _dot(p_hi, p_lo, v_hi, v_lo, tl.zeros((BATCH, TP, DK), tl.float32), MODE)
+    return mixed / total[:, :, None]
+
+
+@triton.jit
+def _to_heads(x, S: tl.constexpr, TP: tl.constexpr, HC: tl.constexpr, DK: tl.constexpr):
+    """(S * TP, HC * DK) -> (HC * S, TP, DK)"""
+    x = tl.permute(tl.reshape(x, (S, TP, HC, DK)), (2, 0, 1, 3))
+    return tl.reshape(x, (HC * S, TP, DK))
+
+
+@triton.jit
+def _from_heads(x, S: tl.constexpr, TP: tl.constexpr, HC: tl.constexpr, DK: tl.constexpr):
+    """(HC * S, TP, DK) -> (S * TP, HC * DK)"""
+    x = tl.permute(tl.reshape(x, (HC, S, TP, DK)), (1, 2, 0, 3))
+    return tl.reshape(x, (S * TP, HC * DK))
+
+
+# A new block size must not mean a new compilation, nor a block cut from a longer one.
+@triton.jit(do_not_specialize=["index_ptr", "delta_ptr", "K", "n_params", "n_layers"])
+def evaluate(
+    index_ptr,  # (K,) int64
+    delta_ptr,  # (K,) fp32
+    out_ptr,  # CACHE: (groups,) float64 summed loss; else (K, groups) fp32 differences
+    params_ptr,  # (N,) fp32: the flat parameters
+    w_ptr,  # packed weights: fp32,
+    hi_ptr,  # and times SCALE in fp16, hi
+    lo_ptr,  # and lo
+    table_ptr,  # (5, TENSORS) int64: first index, kind, layer, slot, row length
+    rows_ptr,  # (3, R) int32: token, target or -1, whether a supervised row can see this one
+    keep_ptr,  # (L, R, DP) int8: the dropout masks
+    x_ptr,  # (2 L + 1, R, DP) residual stream: before block 0, after its attention, ...
+    qkv_ptr,  # (L, 3, R, AP)
+    columns_ptr,  # (L * COLUMNS + DP, R): what a changed weight's column multiplies
+    nll_ptr,  # (R,)
+    K,
+    R,
+    n_params,
+    n_layers,
+    token_offset,  # of the token embedding in params
+    position_offset,
+    eps,
+    scale,  # log2(e) / sqrt(d_k)
+    inv_keep,  # 1 / (1 - dropout)
+    M: tl.constexpr,
+    TP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    D_K: tl.constexpr,
+    DK: tl.constexpr,
+    HC: tl.constexpr,  # heads at a time
+    AP: tl.constexpr,
+    FP: tl.constexpr,
+    FC: tl.constexpr,  # hidden units at a time
+    V: tl.constexpr,
+    VP: tl.constexpr,
+    VC: tl.constexpr,  # vocabulary entries at a time
+    TENSORS: tl.constexpr,
+    SCALE: tl.constexpr,
+    MODE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    CACHE: tl.constexpr,
+    REPAIR: tl.constexpr,  # only where the output is not finite
+    POINTS: tl.constexpr,  # trial points a program looks at
+):
+    """Differences of the summed loss for K trial points; with CACHE the incumbent's cache.
+
+    grid: (ceil(K / POINTS), groups); with CACHE (1, groups)
+
+    Equivalent to, for every trial point and group of sequences: the sum over supervised rows of
+    ``cross_entropy(model(tokens)) `` at the trial point minus the same at the incumbent.
+    """
+    S: tl.constexpr = M // TP
+    DC: tl.constexpr = HC * DK
+    INV: tl.constexpr = 1.0 / SCALE if MODE == "fp16x3" else 1.0
+    # Offsets in a layer's packed weights.
+    WQ: tl.constexpr = 2 * DP
+    BQ: tl.constexpr = WQ + 3 * DP * AP
+    WO: tl.constexpr = BQ + 3 * AP
+    BO: tl.constexpr = WO + AP * DP
+    LN2: tl.constexpr = BO + DP
+    W1: tl.constexpr = LN2 + 2 * DP
+    B1: tl.constexpr = W1 + DP * FP
+    W2: tl.constexpr = B1 + FP
+    B2: tl.constexpr = W2 + FP * DP
+    LAYER: tl.constexpr = B2 + DP
+    # Rows in a layer's columns.
+    MIXED: tl.constexpr = DP
+    N2: tl.constexpr = MIXED + AP
+    HIDDEN: tl.constexpr = N2 + DP
+    COLUMNS: tl.constexpr = HIDDEN + FP
+
+    group = tl.program_id(1)
+    groups = tl.num_programs(1)
+    rows = group * M + tl.arange(0, M)
+    cols = tl.arange(0, DP)
+    token = tl.load(rows_ptr + rows)
+    target = tl.load(rows_ptr + R + rows)
+    supervised = target >= 0
+    position = tl.arange(0, M) % TP
+
+    for point in range(POINTS):
+        k = tl.program_id(0) * POINTS + point
+        where_to = out_ptr + k.to(tl.int64) * groups + group
+        todo = k < K
+        if REPAIR:
+            value = tl.load(where_to, mask=todo, other=0.0)
+            # Infinite or NaN: a finite number minus itself is zero.
+            todo = todo & (value - value != 0)
+        if todo:
+            # 1. Where the trial point starts and what changes there: u (M,) times a vector.
+            if CACHE:
+                kind = -1
+                layer = 0
+                slot = 0
+                row = 0
+                column = 0
+                part = 0
+                delta = 0.0
+                u = tl.zeros((M,), tl.float32)
+                alive = True
+                scored = target
+            else:
+                index = tl.load(index_ptr + k)
+                valid = (index >= 0) & (index < n_params)
+                index = tl.where(valid, index, 0)
+                starts = tl.load(table_ptr + tl.arange(0, TENSORS))
+                tensor = tl.sum((starts <= index).to(tl.int32), 0) - 1
+                kind = tl.load(table_ptr + TENSORS + tensor).to(tl.int32)
+                layer = tl.load(table_ptr + 2 * TENSORS + tensor).to(tl.int32)
+                slot = tl.load(table_ptr + 3 * TENSORS + tensor).to(tl.int32)
+                length = tl.load(table_ptr + 4 * TENSORS + tensor).to(tl.int32)
+                local = (index - tl.load(table_ptr + tensor)).to(tl.int32)
+                row = local // length
+                column = local % length
+                old = tl.load(params_ptr + index)
+                delta = (old + tl.load(delta_ptr + k)) - old
+                delta = tl.where(valid, delta, float("nan"))
+                part = (row % (3 * D_K)) // D_K  # of a qkv row: query, key or value
+
+                u = tl.full((M,), 1.0, tl.float32)
+                if (kind == TOKEN) | (kind == POSITION):
+                    u = tl.where(tl.where(kind == TOKEN, token, position) == row, 1.0, 0.0)
+                source = column
+                if kind == OUT_WEIGHT:
+                    source = MIXED + (column // D_K) * DK + column % D_K
+                if kind == FF1_WEIGHT:
+                    source = N2 + column
+                if kind == FF2_WEIGHT:
+                    source = HIDDEN + column
+                has_source = (kind == QKV_WEIGHT) | (kind == OUT_WEIGHT) | (kind == FF1_WEIGHT)
+                has_source = has_source | (kind == FF2_WEIGHT) | (kind == HEAD_WEIGHT)
+                if has_source:
+                    u = tl.load(columns_ptr + (layer * COLUMNS + source) * R + rows)
+                if kind == FF2_WEIGHT:
+                    u = tl.where(u < 0, 0.0, u)
+                u = u * delta
+                if (kind == FF1_WEIGHT) | (kind == FF1_BIAS):
+                    hidden = tl.load(columns_ptr + (layer * COLUMNS + HIDDEN + row) * R + rows)
+                    changed = hidden + u
+                    u = tl.where(changed < 0, 0.0, changed) - tl.where(hidden < 0, 0.0, hidden)
+                if (kind == QKV_BIAS) & (part == 1):
+                    u = u * 0.0  # the same number on all of a row's scores: softmax drops it
+                # Behind the last attention, and in its queries, a row matters to itself only.
+                is_qkv = (kind == QKV_WEIGHT) | (kind == QKV_BIAS)
+                own = (slot >= 2 * n_layers - 1) & ((part == 0) | (is_qkv == 0))
+                seen = tl.load(rows_ptr + 2 * R + rows) > 0
+                u = tl.where(tl.where(own, supervised, seen), u, 0.0)
+                alive = tl.sum((u != 0).to(tl.int32), 0) > 0
+                # Elsewhere it matters to itself and to what follows.
+                earlier = tl.cumsum(tl.reshape((u != 0).to(tl.int32), (S, TP)), 1)
+                earlier = tl.reshape(earlier, (M,)) > 0
+                reached = tl.where(own, u != 0, earlier)
+                scored = tl.where(reached, target, -1)
+
+            if alive:
+                # 2. The residual stream there.
+                if CACHE:
+                    inside = (token >= 0)[:, None] & (cols < D)[None, :]
+                    at = (token_offset + token * D)[:, None] + cols[None, :]
+                    x = tl.load(params_ptr + at, mask=inside, other=0.0)
+                    at = (position_offset + position * D)[:, None] + cols[None, :]
+                    x += tl.load(params_ptr + at, mask=inside, other=0.0)
+                    tl.store(x_ptr + (rows * DP)[:, None] + cols[None, :], x)
+                else:
+                    x = tl.load(x_ptr + ((slot * R + rows) * DP)[:, None] + cols[None, :])
+                    if (kind == QKV_WEIGHT) | (kind == QKV_BIAS):
+                        # One head's attention again, and what that changes behind `out`.
+                        lanes = tl.arange(0, DK)
+                        head = row // (3 * D_K) * DK
+                        at = ((layer * 3 * R + rows) * AP + head)[:, None] + lanes[None, :]
+                        one = u[:, None] * tl.where(lanes == row % D_K, 1.0, 0.0)[None, :]
+                        q = tl.load(qkv_ptr + at) + tl.where(part == 0, one, 0.0)
+                        key = tl.load(qkv_ptr + R * AP + at) + tl.where(part == 1, one, 0.0)
+                        v = tl.load(qkv_ptr + 2 * R * AP + at) + tl.where(part == 2, one, 0.0)
+                        q = tl.reshape(q, (S, TP, DK))
+                        key = tl.reshape(key, (S, TP, DK))
+                        v = tl.reshape(v, (S, TP, DK))
+                        mixed = tl.reshape(_attend(q, key, v, scale, S, TP, DK, MODE), (M, DK))
+                        at = (layer * COLUMNS + MIXED + head + lanes)[None, :] * R + rows[:, None]
+                        a_hi, a_lo = _split(mixed - tl.load(columns_ptr + at), MODE)
+                        start = layer * LAYER + WO + head * DP
+                        acc = tl.zeros((M, DP), tl.float32)
+                        acc = _linear(
+                            a_hi, a_lo, w_ptr, hi_ptr, lo_ptr, start, acc, DK, DP, DP, MODE
+                        )
+                        x += acc * INV
+                    is_ff1 = (kind == FF1_WEIGHT) | (kind == FF1_BIAS)
+                    is_ff = is_ff1 | (kind == FF2_WEIGHT) | (kind == FF2_BIAS)
+                    is_embedding = (kind == TOKEN) | (kind == POSITION)
+                    if is_embedding | (kind == OUT_WEIGHT) | (kind == OUT_BIAS) | is_ff:
+                        v = tl.where(cols == tl.where(is_embedding, column, row), 1.0, 0.0)
+                        if is_ff1:
+                            v = tl.load(w_ptr + layer * LAYER + W2 + row * DP + cols)
+                        change = u[:, None] * v[None, :]
+                        if DROPOUT:
+                            if is_ff:
+                                at = ((layer * R + rows) * DP)[:, None] + cols[None, :]
+                                keep = tl.load(keep_ptr + at) != 0
+                                change = tl.where(keep, change * inv_keep, 0.0)
+                        x += change
+
+                # 3. The rest of the blocks.
+                first = slot // 2
+                for block in range(first, n_layers):
+                    base = block * LAYER
+                    column_0 = block * COLUMNS
+                    here = tl.where(block == first, delta, 0.0)
+                    if (block > first) | (slot % 2 == 0):
+                        ln_w = tl.load(w_ptr + base + cols)
+                        ln_b = tl.load(w_ptr + base + DP + cols)
+                        if not CACHE:
+                            patch = tl.where(cols == row, here, 0.0)
+                            ln_w += tl.where(kind == LN1_WEIGHT, patch, 0.0)
+                            ln_b += tl.where(kind == LN1_BIAS, patch, 0.0)
+                        n = _layer_norm(x, ln_w, ln_b, eps, D, DP)
+                        if CACHE:
+                            at = (column_0 + cols)[None, :] * R + rows[:, None]
+                            tl.store(columns_ptr + at, n)
+                        n_hi, n_lo = _split(n, MODE)
+                        acc = tl.zeros((M, DP), tl.float32)
+                        for c in range(0, AP, DC):
+                            zero = tl.zeros((M, DC), tl.float32)
+                            bias = w_ptr + base + BQ + c + tl.arange(0, DC)
+                            w_at = base + WQ + c
+                            q = _linear(
+                                n_hi, n_lo, w_ptr, hi_ptr, lo_ptr, w_at, zero, DP, DC, AP, MODE
+                            )
+                            q = q * INV + tl.load(bias)[None, :]
+                            w_at += DP * AP
+                            key = _linear(
+                                n_hi, n_lo, w_ptr, hi_ptr, lo_ptr, w_at, zero, DP, DC, AP, MODE
+                            )
+                            key = key * INV + tl.load(bias + AP)[None, :]
+                            w_at += DP * AP
+                            v = _linear(
+                                n_hi, n_lo, w_ptr, hi_ptr, lo_ptr, w_at, zero, DP, DC, AP, MODE
+                            )
+                            v = v * INV + tl.load(bias + 2 * AP)[None, :]
+                            if CACHE:
+                                lanes = tl.arange(0, DC)[None, :]
+                                qkv_at = ((block * 3 * R + rows) * AP + c)[:, None] + lanes
+                                tl.store(qkv_ptr + qkv_at, q)
+                                tl.store(qkv_ptr + R * AP + qkv_at, key)
+                                tl.store(qkv_ptr + 2 * R * AP + qkv_at, v)
+                            q = _to_heads(q, S, TP, HC, DK)
+                            key = _to_heads(key, S, TP, HC, DK)
+                            v = _to_heads(v, S, TP, HC, DK)
+                            mixed = _attend(q, key, v, scale, HC * S, TP, DK, MODE)
+                            mixed = _from_heads(mixed, S, TP, HC, DK)
+                            if CACHE:
+                                mixed_at = (column_0 + MIXED + c + tl.arange(0, DC))[None, :] * R
+                                tl.store(columns_ptr + mixed_at + rows[:, None], mixed)
+                            a_hi, a_lo = _split(mixed, MODE)
+                            w_at = base + WO + c * DP
+                            acc = _linear(
+                                a_hi, a_lo, w_ptr, hi_ptr, lo_ptr, w_at, acc, DC, DP, DP, MODE
+                            )
+                        x += acc * INV + tl.load(w_ptr + base + BO + cols)[None, :]
+                        if CACHE:
+                            at = (((2 * block + 1) * R + rows) * DP)[:, None] + cols[None, :]
+                            tl.store(x_ptr + at, x)
+
+                    ln_w = tl.load(w_ptr + base + LN2 + cols)
+                    ln_b = tl.load(w_ptr + base + LN2 + DP + cols)
+                    if not CACHE:
+                        patch = tl.where(cols == row, here, 0.0)
+                        ln_w += tl.where(kind == LN2_WEIGHT, patch, 0.0)
+                        ln_b += tl.where(kind == LN2_BIAS, patch, 0.0)
+                    n = _layer_norm(x, ln_w, ln_b, eps, D, DP)
+                    if CACHE:
+                        at = (column_0 + N2 + cols)[None, :] * R + rows[:, None]
+                        tl.store(columns_ptr + at, n)
+                    n_hi, n_lo = _split(n, MODE)
+                    acc = tl.zeros((M, DP), tl.float32)
+                    for f in range(0, FP, FC):
+                        hidden = tl.zeros((M, FC), tl.float32)
+                        w_at = base + W1 + f
+                        hidden = _linear(
+                            n_hi, n_lo, w_ptr, hi_ptr, lo_ptr, w_at, hidden, DP, FC, FP, MODE
+                        )
+                        f_cols = f + tl.arange(0, FC)
+                        hidden = hidden * INV + tl.load(w_ptr + base + B1 + f_cols)[None, :]
+                        if CACHE:
+                            hidden_at = (column_0 + HIDDEN + f_cols)[None, :] * R + rows[:, None]
+                            tl.store(columns_ptr + hidden_at, hidden)
+                        # Not tl.maximum, which would turn a NaN into zero.
+                        a_hi, a_lo = _split(tl.where(hidden < 0, 0.0, hidden), MODE)
+                        w_at = base + W2 + f * DP
+                        acc = _linear(a_hi, a_lo, w_ptr, hi_ptr, lo_ptr, w_at, acc, FC, DP, DP, MODE)
+                    acc = acc * INV + tl.load(w_ptr + base + B2 + cols)[None, :]
+                    if DROPOUT:
+                        at = ((block * R + rows) * DP)[:, None] + cols[None, :]
+                        acc = tl.where(tl.load(keep_ptr + at) != 0, acc * inv_keep, 0.0)
+                    x += acc
+                    if CACHE:
+                        at = (((2 * block + 2) * R + rows) * DP)[:, None] + cols[None, :]
+                        tl.store(x_ptr + at, x)
+
+                # 4. Final LayerNorm, head and cross-entropy.
+                tail = n_layers * LAYER
+                ln_w = tl.load(w_ptr + tail + cols)
+                ln_b = tl.load(w_ptr + tail + DP + cols)
+                if not CACHE:
+                    patch = tl.where(cols == row, delta, 0.0)
+                    ln_w += tl.where(kind == NORM_WEIGHT, patch, 0.0)
+                    ln_b += tl.where(kind == NORM_BIAS, patch, 0.0)
+                n = _layer_norm(x, ln_w, ln_b, eps, D, DP)
+                if CACHE:
+                    at = (n_layers * COLUMNS + cols)[None, :] * R + rows[:, None]
+                    tl.store(columns_ptr + at, n)
+                n_hi, n_lo = _split(n, MODE)
+                top = tl.full((M,), float("-inf"), tl.float32)
+                total = tl.zeros((M,), tl.float32)
+                picked = tl.zeros((M,), tl.float32)
+                is_head = (kind == HEAD_WEIGHT) | (kind == HEAD_BIAS)
+                for start in range(0, VP, VC):
+                    w_at = tail + 2 * DP + start
+                    z = tl.zeros((M, VC), tl.float32)
+                    z = _linear(n_hi, n_lo, w_ptr, hi_ptr, lo_ptr, w_at, z, DP, VC, VP, MODE)
+                    v_cols = start + tl.arange(0, VC)
+                    z = z * INV + tl.load(w_ptr + tail + 2 * DP + DP * VP + v_cols)[None, :]
+                    if not CACHE:
+                        z += tl.where((is_head & (v_cols == row))[None, :], u[:, None], 0.0)
+                    z = tl.where((v_cols < V)[None, :], z, float("-inf"))
+                    higher = tl.maximum(top, tl.max(z, 1))
+                    total = total * tl.exp2((top - higher) * LOG2E)
+                    total += tl.sum(tl.exp2((z - higher[:, None]) * LOG2E), 1)
+                    top = higher
+                    picked += tl.sum(tl.where(v_cols[None, :] == scored[:, None], z, 0.0), 1)
+                nll = (top - picked) + tl.log(total)
+
+                # 5. One number out.
+                if CACHE:
+                    tl.store(nll_ptr + rows, nll)
+                    tl.store(where_to, tl.sum(tl.where(scored >= 0, nll.to(tl.float64), 0.0), 0))
+                else:
+                    difference = nll - tl.load(nll_ptr + rows)
+                    tl.store(where_to, tl.sum(tl.where(scored >= 0, difference, 0.0), 0))
+            else:
+                tl.store(where_to, 0.0)
+
+
+@triton.jit(do_not_specialize=["K", "groups"])
+def reduce_losses(
+    incumbent_ptr,  # (groups,) float64: summed loss of the incumbent
+    partial_ptr,  # (K, groups) fp32: differences
+    loss_ptr,  # (K,) float64
+    K,
+    groups,
+    count,  # supervised rows
+    BLOCK: tl.constexpr,
+):
+    """loss[k] = (sum(incumbent) + sum(partial[k])) / count, added in float64 in group order."""
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = k < K
+    incumbent = tl.full((BLOCK,), 0.0, tl.float64)
+    change = tl.full((BLOCK,), 0.0, tl.float64)
+    for group in range(groups):
+        incumbent += tl.load(incumbent_ptr + group)
+        at = partial_ptr + k.to(tl.int64) * groups + group
+        change += tl.load(at, mask=inside, other=0.0).to(tl.float64)
+    tl.store(loss_ptr + k, (incumbent + change) / count, mask=inside)
+
+
+@triton.jit
+def pack(
+    params_ptr,  # (N,) fp32
+    map_ptr,  # (P,) int32: index into params, -1 for padding
+    w_ptr,  # (P,) fp32
+    hi_ptr,  # (P,) fp16
+    lo_ptr,  # (P,) fp16
+    P,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The weights in the kernel's layout, and times SCALE in fp16 as hi + lo."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < P
+    source = tl.load(map_ptr + at, mask=inside, other=-1)
+    w = tl.load(params_ptr + source, mask=source >= 0, other=0.0)
+    hi, lo = _split(w * SCALE, "fp16x3")
+    tl.store(w_ptr + at, w, mask=inside)
+    tl.store(hi_ptr + at, hi, mask=inside)
+    tl.store(lo_ptr + at, lo, mask=inside)
