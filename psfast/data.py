@@ -94,7 +94,9 @@ class StateTrackingDataset(Dataset):
             raise ValueError(f"split must be one of {list(SPLITS)} or None, got {split!r}")
         self.sep_token = sep_token
         self.pad_token = pad_token
-        generator = torch.Generator().manual_seed(seed)
+        # One stream a split: the same seed does not give the splits of a small space the same data.
+        stream = 0 if split is None else 1 + list(SPLITS).index(split)
+        generator = torch.Generator().manual_seed(4 * seed + stream)
         lengths = torch.randint(shortest, longest + 1, (n_samples,), generator=generator)
         width = 2 * longest if return_intermediates else longest + 1
         self.x = torch.full((n_samples, width), pad_token)

@@ -1,0 +1,192 @@
+"""Loss, perplexity and accuracy over the supervised positions, and the batches they come in."""
+
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from psfast.objectives import objective
+from psfast.objectives.base import Objective
+
+
+class Scores(NamedTuple):
+    """What a validation found, each position weighing the same whatever batch it is in.
+
+    loss: the mean loss
+    perplexity: exp(loss), accuracy: share of positions with the right argmax; both NaN where
+        the targets are not classes
+    count: supervised positions (without classes: samples)
+    """
+
+    loss: float
+    perplexity: float
+    accuracy: float
+    count: int
+
+
+class ScoreSums:
+    """Adds up batches; ``result()`` is the ``Scores`` of all of them."""
+
+    def __init__(self):
+        self.loss, self.correct, self.count, self.classes = 0.0, 0, 0, True
+
+    def add(self, criterion: nn.Module, outputs: Tensor, targets: Tensor) -> None:
+        """``criterion``: with the mean reduction, and an ``ignore_index`` if it masks.
+
+        outputs: (..., V) or (B, V, ...) with integer targets (...) are classes; anything else
+        has a loss alone.
+
+        Raises ValueError if no position is supervised.
+        """
+        supervised = supervised_positions(criterion, targets)
+        if supervised is None or outputs.ndim != targets.ndim + 1:
+            self.classes, count = False, len(targets)
+        else:
+            count = int(supervised.sum())
+            # Classes come last in a sequence model's outputs, second in torch's own convention.
+            predicted = outputs.argmax(-1 if outputs.shape[:-1] == targets.shape else 1)
+            self.correct += int((predicted == targets)[supervised].sum())
+        self.loss += float(criterion(outputs, targets)) * count
+        self.count += count
+
+    def result(self) -> Scores:
+        if not self.count:
+            raise ValueError("there was no batch to score")
+        loss, nan = self.loss / self.count, math.nan
+        if not self.classes:
+            return Scores(loss, nan, nan, self.count)
+        perplexity = math.exp(loss) if loss < 700 else math.inf  # exp(710) overflows
+        return Scores(loss, perplexity, self.correct / self.count, self.count)
+
+
+def supervised_positions(criterion: nn.Module, targets: Tensor) -> Tensor | None:
+    """Where the targets count, bool in the shape of ``targets``; None if they are no classes.
+
+    Raises ValueError if nowhere: such a batch has no loss.
+    """
+    if targets.is_floating_point():
+        return None
+    ignore_index = getattr(criterion, "ignore_index", None)
+    if ignore_index is None:
+        return torch.ones_like(targets, dtype=torch.bool)
+    supervised = targets != ignore_index
+    if not supervised.any():
+        raise ValueError(
+            f"a batch has no supervised position: all targets are ignore_index = {ignore_index}"
+        )
+    return supervised
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, criterion: nn.Module, loader: Iterable) -> Scores:
+    """The ``Scores`` of ``model`` in eval mode over all batches; its mode is put back."""
+    device = next(model.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]
+    sums = ScoreSums()
+    model.eval()
+    try:
+        for batch in loader:
+            inputs, targets = (part.to(device) for part in unpack(batch))
+            sums.add(criterion, model(inputs), targets)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return sums.result()
+
+
+def unpack(batch) -> tuple[Tensor, Tensor]:
+    """(inputs, targets) of a batch that is a pair, or a mapping with "x" and "y"."""
+    if isinstance(batch, Mapping) and "x" in batch and "y" in batch:
+        return batch["x"], batch["y"]
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    got = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+    raise TypeError(f'a batch must be (inputs, targets) or {{"x": ..., "y": ...}}, got {got}')
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device):
+    """Inside, random numbers start from ``seed``; the global random state is put back."""
+    # Not torch.manual_seed: it takes 2 ms to note who seeded a GPU that is not there.
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index])
+    saved = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in zip(generators, saved, strict=True):
+            generator.set_state(state)
+
+
+class BatchObjectives:
+    """One objective taken on from batch to batch, so that its traces and work space are kept.
+
+    params: the parameters that are searched, the optimizer's trainable ones
+    backend: see ``psfast.objective``
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module,
+        params: list[nn.Parameter],
+        backend: str = "auto",
+    ):
+        self.model, self.criterion, self.params = model, criterion, params
+        self.backend = backend
+        self.objective: Objective | None = None
+        self._at: tuple | None = None
+
+    def on(self, inputs: Tensor, targets: Tensor, seed: int) -> Objective:
+        """The objective on this batch, with the dropout mask of ``seed`` if there is dropout.
+
+        The same batch and mask as before are the same objective: nothing is refreshed.
+
+        Raises ValueError if no position is supervised.
+        """
+        supervised_positions(self.criterion, targets)
+        if not self._has_dropout():
+            seed = 0
+        at = (inputs, targets, inputs._version, targets._version, seed)
+        if self._at is not None and _equal(self._at, at):
+            return self.objective
+        self._at = at
+        if self.objective is not None:
+            try:
+                self.objective.set_batch(inputs, targets, seed=seed)
+                return self.objective
+            except ValueError:
+                pass  # another shape than this backend was prepared for
+        self.objective = objective(
+            self.model,
+            self.criterion,
+            inputs,
+            targets,
+            params=self.params,
+            backend=self.backend,
+            seed=seed,
+        )
+        return self.objective
+
+    def _has_dropout(self) -> bool:
+        return any(
+            isinstance(module, nn.modules.dropout._DropoutNd) and module.p and module.training
+            for module in self.model.modules()
+        )
+
+
+def _equal(a: tuple, b: tuple) -> bool:
+    if a[4] != b[4]:
+        return False
+    if a[0] is b[0] and a[1] is b[1]:
+        return a[2:4] == b[2:4]  # else written to in place since
+    return all(
+        x.shape == y.shape and x.device == y.device and torch.equal(x, y)
+        for x, y in zip(a[:2], b[:2], strict=True)
+    )

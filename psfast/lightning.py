@@ -1,0 +1,542 @@
+"""Lightning: the mixin that runs a search step, ready-made tasks, the data module.
+
+The only file that imports lightning.
+"""
+
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import Metric
+
+from psfast.checks import check_count
+from psfast.data import ResumableLoader, StateTrackingDataset, collate
+from psfast.evaluation import (
+    BatchObjectives,
+    Scores,
+    ScoreSums,
+    seeded,
+    supervised_positions,
+    unpack,
+)
+from psfast.flat import trainable
+from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
+from psfast.objectives.base import Objective
+from psfast.optimizer import PatternSearch
+from psfast.reference import ReferencePatternSearch
+from psfast.search import derive_seed
+
+
+class PatternSearchMixin:
+    """Put before ``LightningModule`` to train it with ``psfast.PatternSearch``.
+
+        class MyModule(psfast.lightning.PatternSearchMixin, L.LightningModule):
+            def configure_optimizers(self):
+                return psfast.PatternSearch(self.parameters(), radius=0.1)
+
+    Nothing else changes. With automatic optimization one training batch is one search step,
+    without any backward pass. Trial points run ``training_step`` without gradients, with
+    ``self.log`` and the module's torchmetrics switched off; then ``training_step`` runs once
+    more on the accepted state, and what it logs is logged. It also updates BatchNorm
+    statistics. A module whose loss is ``criterion(model(inputs), targets)`` says so in
+    ``search_parts`` and gets the fast backends of ``psfast.objective``.
+
+    Logged each step: ``radius``, ``evaluations`` (in all), ``accepted`` (changes in this step),
+    ``evaluations_per_second``.
+
+    With manual optimization call ``self.search_step(closure)`` in ``training_step``.
+
+    evaluations_per_batch: search steps go on with one batch until they have decided so many
+        trial points; None: one step a batch
+    backend: of ``psfast.objective``, if there are ``search_parts``
+
+    Refused with an error that names the argument: gradient clipping, accumulate_grad_batches,
+    precision="16-mixed", more than one device.
+    """
+
+    evaluations_per_batch: int | None = None
+    backend = "auto"
+    _in_trial = False
+    _objectives: BatchObjectives | None = None
+
+    def search_parts(self, batch) -> tuple[nn.Module, nn.Module, Tensor, Tensor] | None:
+        """(model, criterion, inputs, targets) if ``criterion(model(inputs), targets)`` is the loss.
+
+        None, the default, means that only ``training_step`` can tell the loss.
+        """
+        return None
+
+    def search_step(self, closure: Callable | Objective, optimizer=None) -> Tensor:
+        """One step of the search in manual optimization; counts in ``global_step``.
+
+        closure: returns the loss; or a ``psfast.objective``
+        optimizer: default: ``self.optimizers()``
+
+        Returns the incumbent's loss; ``self.log`` does nothing inside the closure.
+        """
+        wrapped = self.optimizers() if optimizer is None else optimizer
+        _refuse_what_cannot_work(self.trainer)
+        # As LightningOptimizer.step does; it would hide an Objective in a closure.
+        wrapped._on_before_step()
+        with self._trials():
+            loss = wrapped.optimizer.step(closure)
+        wrapped._on_after_step()
+        self._log_search(wrapped.optimizer)
+        return loss
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        search = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        if not _is_search(search):
+            return super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        _refuse_what_cannot_work(self.trainer)
+        training_step = self.training_step
+
+        @torch.no_grad()
+        def search_then_log(*args, **kwargs):
+            batch = args[0] if args else next(iter(kwargs.values()))
+            seed = _mask_seed(search)
+            with self._trials():
+                seen = self._search(search, batch, partial(training_step, *args, **kwargs), seed)
+            with seeded(seed, self.device):  # the mask of the search, so that the losses agree
+                output = training_step(*args, **kwargs)
+            self._log_search(search, *seen)
+            return output
+
+        # Lightning's closure runs self.training_step in its precision and profiling contexts:
+        # the search takes its place for one call, and runs inside them too.
+        self.training_step = search_then_log
+        try:
+            optimizer_closure()
+        finally:
+            del self.training_step
+
+    def backward(self, loss: Tensor, *args, **kwargs) -> None:
+        if not self.automatic_optimization or not _is_search(self.trainer.optimizers[0]):
+            return super().backward(loss, *args, **kwargs)
+        # No gradients here. A batch that is only accumulated comes by on its way to no step.
+        _refuse_what_cannot_work(self.trainer)
+
+    def log(self, *args, **kwargs) -> None:
+        if not self._in_trial:
+            super().log(*args, **kwargs)
+
+    def _search(self, search, batch, training_step, seed) -> tuple[int, float]:
+        """One batch's search steps. Returns (trial points, seconds)."""
+        objective = self._objective(search, batch, seed)
+        if objective is None:
+
+            def objective():
+                output = training_step()
+                return output["loss"] if isinstance(output, dict) else output
+
+        started, before = time.perf_counter(), search.evaluations
+        while True:
+            search.step(objective)
+            decided = search.evaluations - before
+            if decided >= (self.evaluations_per_batch or 0) or getattr(search, "converged", False):
+                return decided, time.perf_counter() - started
+
+    def _objective(self, search, batch, seed) -> Objective | None:
+        parts = self.search_parts(batch)
+        if parts is None:
+            return None
+        model, criterion, inputs, targets = parts
+        supervised_positions(criterion, targets)
+        # Autocast, and the reference's own faults, live in training_step.
+        if not isinstance(search, PatternSearch) or torch.is_autocast_enabled(inputs.device.type):
+            return None
+        if self._objectives is None or self._objectives.model is not model:
+            params = trainable(p for group in search.param_groups for p in group["params"])
+            # Not as a submodule, and not in the module's state: it belongs to this process.
+            objectives = BatchObjectives(model, criterion, params, self.backend)
+            self.__dict__["_objectives"] = objectives
+            chosen = objectives.on(inputs, targets, seed)
+            reasons = "".join(f"; not {name!r}: {why}" for name, why in chosen.why_not.items())
+            rank_zero_info(f"psfast: backend {chosen.backend!r}{reasons}")
+        return self._objectives.on(inputs, targets, seed)
+
+    def _log_search(self, search, evaluations: int | None = None, seconds: float = 0.0) -> None:
+        values = {"radius": search.radius, "evaluations": float(search.evaluations)}
+        report = getattr(search, "last_poll", None)
+        if report is not None:
+            values["accepted"] = float(len(report.accepted))
+            if evaluations is None:
+                evaluations, seconds = report.evaluations, report.seconds
+        if evaluations is not None:
+            values["evaluations_per_second"] = evaluations / max(seconds, 1e-9)
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name == "radius", batch_size=1)
+
+    @contextmanager
+    def _trials(self):
+        """Inside, ``self.log`` and torchmetrics do nothing: most of what they would see is
+        rejected."""
+        metrics = [module for module in self.modules() if isinstance(module, Metric)]
+        updates = [metric.update for metric in metrics]
+        for metric in metrics:
+            metric.update = metric.forward = _no_metric
+        self._in_trial = True
+        try:
+            yield
+        finally:
+            self._in_trial = False
+            for metric, update in zip(metrics, updates, strict=True):
+                metric.update = update
+                del metric.forward
+
+
+class _Task(L.LightningModule):
+    """The steps and the scores that both tasks share."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        criterion: nn.Module | None = None,
+    ):
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self.model = model
+        self.criterion = MaskedCrossEntropy() if criterion is None else criterion
+        self.make_optimizer = optimizer
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.model(inputs)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(self.model.parameters())
+
+    def training_step(self, batch, batch_idx) -> Tensor:
+        inputs, targets = unpack(batch)
+        supervised_positions(self.criterion, targets)
+        loss = self.criterion(self.model(inputs), targets)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(targets))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = ScoreSums()
+
+    def validation_step(self, batch, batch_idx) -> None:
+        inputs, targets = unpack(batch)
+        self._sums.add(self.criterion, self.model(inputs), targets)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val", self._sums.result())
+
+    def on_test_epoch_start(self) -> None:
+        self._sums = ScoreSums()
+
+    def test_step(self, batch, batch_idx) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test", self._sums.result())
+
+    def _log_scores(self, stage: str, scores: Scores) -> None:
+        self.log(f"{stage}_loss", scores.loss, prog_bar=True)
+        if scores.accuracy == scores.accuracy:  # NaN where the targets are no classes
+            self.log(f"{stage}_perplexity", scores.perplexity)
+            self.log(f"{stage}_accuracy", scores.accuracy, prog_bar=True)
+
+
+class PatternSearchTask(PatternSearchMixin, _Task):
+    """Trains any model by pattern search on ``criterion(model(inputs), targets)``.
+
+    Batches are (inputs, targets) or {"x": inputs, "y": targets}. Logged: train_loss each
+    step; val_loss, val_perplexity, val_accuracy and test_... each epoch, over the supervised
+    positions, each weighing the same; and what ``PatternSearchMixin`` logs.
+
+    model: any module
+    pattern_search_radius: the first step length
+    optimizer: ``psfast.PatternSearch``, or a ``partial`` of it with further options; called
+        with the parameters and the radius
+    criterion: default: ``MaskedCrossEntropy()``
+    evaluations_per_batch, backend: see ``PatternSearchMixin``
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pattern_search_radius: float = 0.1,
+        optimizer: Callable[..., torch.optim.Optimizer] = PatternSearch,
+        criterion: nn.Module | None = None,
+        evaluations_per_batch: int | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__(model, partial(optimizer, radius=pattern_search_radius), criterion)
+        check_count("evaluations_per_batch", evaluations_per_batch)
+        self.evaluations_per_batch = evaluations_per_batch
+        self.backend = backend
+
+    def search_parts(self, batch):
+        return self.model, self.criterion, *unpack(batch)
+
+
+class PatternSearchTransformer(PatternSearchTask):
+    """A ``DecoderOnlyTransformer`` that trains itself by pattern search: all in one class.
+
+    radius, seed and any further options are ``psfast.PatternSearch``'s.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = 102,
+        d_model: int = 64,
+        n_layers: int = 2,
+        n_heads: int = 4,
+        d_ff: int = 256,
+        max_len: int = 128,
+        dropout: float = 0.1,
+        *,
+        pad_token: int = 100,
+        radius: float = 0.1,
+        evaluations_per_batch: int | None = None,
+        **search_options,
+    ):
+        super().__init__(
+            DecoderOnlyTransformer(vocab_size, d_model, n_layers, n_heads, d_ff, max_len, dropout),
+            radius,
+            partial(PatternSearch, **search_options),
+            MaskedCrossEntropy(pad_token),
+            evaluations_per_batch,
+        )
+        self.save_hyperparameters()
+
+
+class GradientTask(_Task):
+    """``PatternSearchTask`` with a gradient optimizer instead, for comparison.
+
+    optimizer: makes the optimizer from the parameters; default: ``torch.optim.Adam``
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+        criterion: nn.Module | None = None,
+    ):
+        super().__init__(model, optimizer, criterion)
+
+
+class StateTrackingDataModule(L.LightningDataModule):
+    """Loaders for three datasets, by default the "small" ones of 8 bits, sharing no input.
+
+    Any map-style datasets of {"x", "y"} samples serve; different lengths are padded. The
+    training order is a function of (seed, epoch), and a checkpoint taken in the middle of an
+    epoch resumes there.
+    """
+
+    def __init__(
+        self,
+        train_dataset: Dataset | None = None,
+        val_dataset: Dataset | None = None,
+        test_dataset: Dataset | None = None,
+        *,
+        batch_size: int = 4,
+        pad_token: int = 100,
+        num_workers: int = 0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
+        self.train_dataset = train_dataset or StateTrackingDataset(200, 8, seed=0, split="train")
+        self.val_dataset = val_dataset or StateTrackingDataset(50, 8, seed=1, split="val")
+        self.test_dataset = test_dataset or StateTrackingDataset(50, 8, seed=2, split="test")
+        self.seed = seed
+        self._options = {
+            "batch_size": batch_size,
+            "num_workers": num_workers,
+            "persistent_workers": num_workers > 0,
+            "collate_fn": partial(collate, pad_token=pad_token),
+        }
+
+    def train_dataloader(self) -> DataLoader:
+        return ResumableLoader(self.train_dataset, seed=self.seed, **self._options)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.val_dataset, **self._options)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.test_dataset, **self._options)
+
+
+class LastCheckpoint(L.Callback):
+    """Keeps ``dirpath/last.ckpt`` at most ``seconds`` old, and writes it when training ends.
+
+    Written whole or not at all: a run killed at any moment leaves one that resumes.
+    """
+
+    def __init__(self, dirpath: str, seconds: float = 30.0):
+        self.path = Path(dirpath) / "last.ckpt"
+        self.seconds = seconds
+        self._saved = time.monotonic()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if time.monotonic() - self._saved >= self.seconds:
+            self._save(trainer)
+
+    def on_train_end(self, trainer, module) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        unfinished = self.path.with_suffix(".tmp")
+        trainer.save_checkpoint(unfinished)
+        unfinished.replace(self.path)
+        self._saved = time.monotonic()
+
+
+class RunSummary(L.Callback):
+    """First and last losses, trial points and time of a run, also over resumed parts of it.
+
+    ``values(trainer)`` gives them; the first val_loss is the sanity check's, which sees the
+    model before any step.
+    """
+
+    def __init__(self):
+        self.first: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+        self.seconds_before = 0.0
+        self._started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        running = 0.0 if self._started is None else time.perf_counter() - self._started
+        return self.seconds_before + running
+
+    def on_train_start(self, trainer, module) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        report = getattr(trainer.optimizers[0], "last_poll", None)
+        after = outputs["loss"].item()
+        self.last["train_loss"] = after
+        self.first.setdefault("train_loss", after if report is None else report.loss_before)
+
+    def on_validation_end(self, trainer, module) -> None:
+        for name in ("val_loss", "val_accuracy"):
+            if name in trainer.callback_metrics:
+                self.last[name] = trainer.callback_metrics[name].item()
+                self.first.setdefault(name, self.last[name])
+
+    def on_train_end(self, trainer, module) -> None:
+        self.seconds_before, self._started = self.seconds, None
+
+    def state_dict(self) -> dict:
+        return {"first": self.first, "last": self.last, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.first, self.last = dict(state["first"]), dict(state["last"])
+        self.seconds_before = state["seconds"]
+
+    def values(self, trainer: L.Trainer) -> dict[str, float | str | None]:
+        """The keys of ``summary.json``; None for what this run has not."""
+        search = trainer.optimizers[0]
+        evaluations = getattr(search, "evaluations", None)
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        last = [c.path for c in trainer.callbacks if isinstance(c, LastCheckpoint)]
+        return {
+            "evaluations": evaluations,
+            "seconds": self.seconds,
+            "evaluations_per_second": evaluations and evaluations / max(self.seconds, 1e-9),
+            "train_loss_first": self.first.get("train_loss"),
+            "train_loss_last": self.last.get("train_loss"),
+            "val_loss_first": self.first.get("val_loss"),
+            "val_loss_last": self.last.get("val_loss"),
+            "val_accuracy": self.last.get("val_accuracy"),
+            "radius": getattr(search, "radius", None),
+            "checkpoint": best or (str(last[0]) if last else None),
+        }
+
+
+def write_summary(values: dict, path: Path) -> str:
+    """Write ``values`` as JSON to ``path``, whole or not at all; returns them as a table."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(values, indent=2) + "\n")
+    unfinished.replace(path)
+    shown = {name: f"{v:,.6g}" if isinstance(v, float) else v for name, v in values.items()}
+    shown = {name: f"{v:,}" if isinstance(v, int) else v for name, v in shown.items()}
+    return "\n".join(f"{name:<24}{'-' if v is None else v}" for name, v in shown.items())
+
+
+def wandb_logger(name: str, offline: bool | None = None, **options) -> WandbLogger:
+    """A ``WandbLogger`` for a run called ``name`` with a unique suffix.
+
+    offline: None means: if there is no API key. Raises MisconfigurationException for False
+        without one.
+    """
+    import wandb
+
+    if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
+        offline = True
+    elif not offline and not wandb.login(prompt=False, verify=False):
+        if offline is False:
+            raise MisconfigurationException(
+                "logger.offline=False needs a Weights & Biases key: run `wandb login`, or set "
+                "WANDB_API_KEY, or leave logger.offline out and sync later with `wandb sync`"
+            )
+        rank_zero_info("psfast: no Weights & Biases key, logging offline (see `wandb sync`)")
+        offline = True
+    unique = f"{name}-{secrets.token_hex(2)}"
+    return WandbLogger(name=unique, offline=bool(offline), **options)
+
+
+def finish_wandb(failed: bool) -> None:
+    """End the W&B run of this process, if there is one, so that the next starts its own."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish(exit_code=int(failed))
+
+
+def _is_search(optimizer) -> bool:
+    return isinstance(optimizer, (PatternSearch, ReferencePatternSearch))
+
+
+def _mask_seed(search) -> int:
+    """One dropout mask a poll; plain numbers of the checkpoint decide it."""
+    stream = search.polls if isinstance(search, PatternSearch) else search.evaluations
+    return derive_seed(search.seed, stream)
+
+
+def _no_metric(*_args, **_kwargs) -> Tensor:
+    return torch.tensor(float("nan"))
+
+
+def _refuse_what_cannot_work(trainer: L.Trainer) -> None:
+    if trainer.gradient_clip_val:
+        raise MisconfigurationException(
+            "pattern search has no gradients to clip: remove "
+            f"Trainer(gradient_clip_val={trainer.gradient_clip_val})"
+        )
+    if trainer.accumulate_grad_batches > 1:
+        raise MisconfigurationException(
+            "pattern search has no gradients to accumulate: remove Trainer("
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches}) and raise the batch size"
+        )
+    plugin = trainer.precision_plugin
+    if isinstance(plugin, MixedPrecision) and plugin.precision == "16-mixed":
+        raise MisconfigurationException(
+            "pattern search compares losses that half precision cannot tell apart, and has no "
+            'gradients to scale: replace Trainer(precision="16-mixed") by "32-true" or "bf16-mixed"'
+        )
+    if trainer.world_size > 1:
+        raise MisconfigurationException(
+            "PatternSearchMixin searches in one process: replace Trainer with "
+            f"{trainer.world_size} devices by Trainer(devices=1)"
+        )

@@ -1,0 +1,217 @@
+"""``fit``: the plain training loop, for those without Lightning."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from psfast.evaluation import BatchObjectives, Scores, evaluate, seeded, unpack
+from psfast.flat import trainable
+from psfast.optimizer import PatternSearch, PollReport
+from psfast.search import derive_seed
+
+_LINE_SECONDS = 5.0
+
+
+class History(NamedTuple):
+    """What ``fit`` did.
+
+    polls: one ``PollReport`` a step
+    validation: (step, ``Scores``) of every validation, the first before any step
+    stopped: why it ended: "max_steps", "max_seconds", "end of loader", "converged", "callback"
+        or "interrupted"
+    """
+
+    polls: list[PollReport]
+    validation: list[tuple[int, Scores]]
+    stopped: str
+
+
+class _Stop(Exception):
+    """Raised to leave the loop from wherever it is; its argument is the reason."""
+
+
+def fit(
+    model: nn.Module,
+    criterion: nn.Module,
+    loader: Iterable,
+    optimizer: PatternSearch,
+    *,
+    max_steps: int | None = None,
+    max_seconds: float | None = None,
+    val_loader: Iterable | None = None,
+    val_every: int | None = None,
+    callback: Callable[[int, PollReport], object] | None = None,
+    progress: bool = True,
+) -> History:
+    """Train ``criterion(model(inputs), targets)``: one ``optimizer.step`` a batch, no gradient.
+
+    loader: batches, as (inputs, targets) or {"x": inputs, "y": targets}; gone through again
+        and again until ``max_steps`` or ``max_seconds``, and just once if neither is given.
+        A batch equal to the one before is the same objective, so full-batch training (a
+        loader of one batch) completes its polls over as many steps as they take.
+    max_seconds: also ends a step in the middle of its poll
+    val_loader: scored in eval mode before the first step, after each pass over ``loader``
+        (with ``val_every``: after so many steps) and at the end
+    callback: called as ``callback(step, report)`` after each step; training stops when it
+        returns something true
+
+    Ctrl-C ends the loop as ``max_steps`` does: the model holds the incumbent, and the history
+    is returned. Buffers (BatchNorm statistics) are updated once a step, by one forward pass
+    of the accepted state. The model is left in the mode that it came in.
+
+    Raises TypeError for another optimizer or a batch of another form, ValueError for an empty
+    loader or a batch without supervised positions.
+    """
+    if not isinstance(optimizer, PatternSearch):
+        raise TypeError(f"optimizer must be a psfast.PatternSearch, got {type(optimizer).__name__}")
+    for name, value in (("max_steps", max_steps), ("val_every", val_every)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")
+    if max_seconds is not None and not max_seconds > 0:
+        raise ValueError(f"max_seconds must be > 0 or None, got {max_seconds!r}")
+    run = _Run(model, criterion, optimizer, val_loader, _Display(max_steps, progress))
+    deadline = None if max_seconds is None else time.perf_counter() + max_seconds
+    told, was_training = optimizer.progress, model.training
+
+    def inside_poll(tried: int, total: int) -> None:
+        if told is not None:
+            told(tried, total)
+        run.display.poll(tried, total)
+        if deadline is not None and time.perf_counter() >= deadline:
+            raise _Stop("max_seconds")
+
+    optimizer.progress = inside_poll
+    try:
+        run.validate()
+        for batch, ends_pass in _batches(loader, max_steps is None and max_seconds is None):
+            report = run.step(batch)
+            if run.steps % val_every == 0 if val_every else ends_pass:
+                run.validate()
+            if callback is not None and callback(run.steps, report):
+                raise _Stop("callback")
+            if run.steps == max_steps:
+                raise _Stop("max_steps")
+            if deadline is not None and time.perf_counter() >= deadline:
+                raise _Stop("max_seconds")
+            if optimizer.converged:
+                raise _Stop("converged")
+        stopped = "end of loader"
+    except _Stop as stop:
+        stopped = stop.args[0]
+    except KeyboardInterrupt:
+        stopped = "interrupted"
+    finally:
+        optimizer.progress = told
+        run.display.close()
+        model.train(was_training)
+    if stopped != "interrupted":
+        run.validate()
+    return History(run.polls, run.validation, stopped)
+
+
+class _Run:
+    """The model, what it is trained with, and what has happened so far."""
+
+    def __init__(self, model, criterion, optimizer, val_loader, display):
+        self.model, self.criterion, self.optimizer = model, criterion, optimizer
+        self.val_loader, self.display = val_loader, display
+        params = trainable(p for group in optimizer.param_groups for p in group["params"])
+        self.device = params[0].device
+        self.objectives = BatchObjectives(model, criterion, params)
+        self.steps = 0
+        self.polls: list[PollReport] = []
+        self.validation: list[tuple[int, Scores]] = []
+        self._has_buffers = any(True for _ in model.buffers())
+
+    def step(self, batch) -> PollReport:
+        inputs, targets = (part.to(self.device) for part in unpack(batch))
+        self.model.train()
+        seed = derive_seed(self.optimizer.seed, self.optimizer.polls)
+        self.optimizer.step(self.objectives.on(inputs, targets, seed))
+        if self._has_buffers:
+            with torch.no_grad(), seeded(seed, self.device):
+                self.model(inputs)
+        self.steps += 1
+        self.polls.append(self.optimizer.last_poll)
+        self.display.step(self.steps, self.polls[-1])
+        return self.polls[-1]
+
+    def validate(self) -> None:
+        """Score the model as it is now, unless that has been done."""
+        done = self.validation and self.validation[-1][0] == self.steps
+        if self.val_loader is not None and not done:
+            scores = evaluate(self.model, self.criterion, self.val_loader)
+            self.validation.append((self.steps, scores))
+            self.display.validation(scores)
+
+
+def _batches(loader: Iterable, one_pass: bool):
+    """(batch, whether it ends a pass over the loader), without end unless ``one_pass``."""
+    number = 0
+    while True:
+        if hasattr(getattr(loader, "sampler", None), "set_epoch"):
+            loader.sampler.set_epoch(number)
+        batches = iter(loader)
+        batch = next(batches, None)
+        if batch is None:
+            raise ValueError(
+                f"loader gave no batch in pass {number + 1}; "
+                "it must be an iterable that starts anew each time, like a list or a DataLoader"
+            )
+        while batch is not None:
+            following = next(batches, None)
+            yield batch, following is None
+            batch = following
+        number += 1
+        if one_pass:
+            return
+
+
+class _Display:
+    """A tqdm bar; a line now and then where tqdm is not installed; nothing."""
+
+    def __init__(self, max_steps: int | None, shown: bool):
+        self._bar = None
+        self._shown, self._total = shown, max_steps
+        self._last_line, self._scores = 0.0, ""
+        if shown:
+            try:
+                from tqdm.auto import tqdm
+            except ImportError:
+                return
+            self._bar = tqdm(total=max_steps, unit="step", dynamic_ncols=True)
+
+    def step(self, steps: int, report: PollReport) -> None:
+        speed = report.evaluations / max(report.seconds, 1e-9)
+        text = f"loss {report.loss_after:.4g}, radius {report.radius:.3g}, {speed:,.0f} points/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(text + self._scores, refresh=False)
+            self._bar.update()
+        else:
+            self._line(f"step {steps}/{self._total or '?'}: {text}{self._scores}")
+
+    def poll(self, tried: int, total: int) -> None:
+        if not tried:  # just accepted: `step` is about to say so
+            return
+        text = f"poll {tried:,} of {total:,}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+        else:
+            self._line(text)
+
+    def validation(self, scores: Scores) -> None:
+        self._scores = f", val loss {scores.loss:.4g}"
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _line(self, text: str) -> None:
+        now = time.perf_counter()
+        if self._shown and now - self._last_line > _LINE_SECONDS:
+            self._last_line = now
+            print(text, file=sys.stderr)

@@ -1,0 +1,78 @@
+"""``psfast-train``: assembles a run from the Hydra configuration in ``psfast/configs``."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+
+def train(config) -> None:
+    """One run: build, fit, validate, test, summarise. ``config``: see ``psfast/configs``."""
+    import lightning
+    import torch
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from psfast.lightning import RunSummary, finish_wandb, write_summary
+
+    for not_of_use in (".*does not have many workers.*", ".*LeafSpec.*is deprecated.*"):
+        warnings.filterwarnings("ignore", message=not_of_use)
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    failed = True
+    try:
+        logger = instantiate(config.logger)
+        task = instantiate(
+            config.task, model=instantiate(config.model), optimizer=instantiate(config.optimizer)
+        )
+        datamodule = instantiate(
+            config.datamodule,
+            train_dataset=instantiate(config.train_dataset),
+            val_dataset=instantiate(config.val_dataset),
+            test_dataset=instantiate(config.test_dataset),
+        )
+        summary = RunSummary()
+        callbacks = [*instantiate(config.callbacks).values(), summary]
+        trainer = instantiate(config.trainer, logger=logger or False, callbacks=callbacks)
+        if logger:
+            logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
+        trainer.fit(task, datamodule, ckpt_path=config.ckpt_path)
+        # The last epochs may have had no validation of their own.
+        trainer.validate(task, datamodule, verbose=False)
+        table = write_summary(summary.values(trainer), run_dir / "summary.json")
+        trainer.test(task, datamodule, verbose=False)
+        failed = False
+    finally:
+        finish_wandb(failed)
+    print(f"\n{table}\n{'summary':<24}{run_dir / 'summary.json'}")
+
+
+def main() -> None:
+    """The command: bad input ends it with one line and exit status 1."""
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing
+    try:
+        import hydra
+
+        hydra.main("pkg://psfast.configs", "pattern_search_train", version_base="1.3")(train)()
+    except Exception as error:
+        if wants_traceback:
+            raise
+        print(f"psfast-train: error: {_one_line(error)}", file=sys.stderr)
+        print("(HYDRA_FULL_ERROR=1 shows where it comes from)", file=sys.stderr)
+        sys.exit(1)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f'{error}; install the training extra: pip install "psfast[train]"'
+    if type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    main()
