@@ -1,0 +1,235 @@
+"""The plain training loop and its scores."""
+
+import math
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import psfast
+from psfast import loop
+from psfast.evaluation import BatchObjectives, ScoreSums, evaluate, unpack
+from psfast.loop import fit
+
+
+def regression(batches=1, seed=0):
+    """A linear model, its optimizer-ready batches, and the loss it can reach."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batches, 17, 3, generator=generator)
+    y = x @ torch.tensor([[1.0], [-2.0], [0.5]])
+    torch.manual_seed(seed)
+    return nn.Linear(3, 1), list(zip(x, y, strict=True))
+
+
+class Flat(nn.Module):
+    """A loss that nothing lowers; ``event`` happens at evaluation number ``at``."""
+
+    def __init__(self, at=math.inf, event=None):
+        super().__init__()
+        self.calls, self.at, self.event = 0, at, event
+
+    def forward(self, outputs, targets):
+        self.calls += 1
+        if self.calls >= self.at:
+            raise self.event
+        return outputs.sum() * 0.0
+
+
+def test_it_trains_and_tells_what_happened():
+    model, batches = regression()
+    search = psfast.PatternSearch(model.parameters(), radius=0.5)
+    seen = []
+    history = fit(
+        model,
+        nn.MSELoss(),
+        batches,
+        search,
+        max_steps=80,
+        val_loader=batches,
+        val_every=30,
+        callback=lambda step, report: seen.append((step, report)),
+        progress=False,
+    )
+    assert history.stopped == "max_steps" and len(history.polls) == 80
+    assert seen == list(enumerate(history.polls, start=1))
+    assert [step for step, _ in history.validation] == [0, 30, 60, 80]
+    assert history.validation[-1][1].loss < 0.01 * history.validation[0][1].loss
+    assert math.isnan(history.validation[-1][1].accuracy)
+    assert history.validation[-1][1].loss == pytest.approx(history.polls[-1].loss_after)
+    assert sum(report.evaluations for report in history.polls) == search.evaluations
+
+
+def test_without_a_limit_it_goes_through_the_loader_once():
+    model, batches = regression(batches=3)
+    search = psfast.PatternSearch(model.parameters())
+    history = fit(model, nn.MSELoss(), batches, search, val_loader=batches, progress=False)
+    assert history.stopped == "end of loader" and len(history.polls) == 3
+    assert [step for step, _ in history.validation] == [0, 3]
+
+
+def test_one_batch_is_one_objective_however_the_steps_are_cut():
+    ends = []
+    for max_evaluations, max_steps in ((None, 12), (2, 10_000)):
+        model, batches = regression()
+        search = psfast.PatternSearch(
+            model.parameters(), radius=0.5, max_evaluations=max_evaluations, min_radius=0.1
+        )
+        copies = [tuple(part.clone() for part in batches[0]) for _ in range(2)]
+        history = fit(model, nn.MSELoss(), copies, search, max_steps=max_steps * 5, progress=False)
+        assert history.stopped == "converged"
+        accepted = [change for report in history.polls for change in report.accepted]
+        ends.append((accepted, search.evaluations, search.radius))
+    assert ends[0] == ends[1]
+
+
+def test_it_can_stop_at_a_callbacks_word():
+    model, batches = regression()
+    search = psfast.PatternSearch(model.parameters())
+    history = fit(
+        model,
+        nn.MSELoss(),
+        batches,
+        search,
+        max_steps=9,
+        callback=lambda step, report: step == 4,
+        progress=False,
+    )
+    assert history.stopped == "callback" and len(history.polls) == 4
+
+
+def test_time_runs_out_in_the_middle_of_a_poll(monkeypatch):
+    monkeypatch.setattr("psfast.optimizer._PROGRESS_SECONDS", 0.0)
+    model, batches = regression()
+    search = psfast.PatternSearch(model.parameters(), block_size=1)
+    told = []
+    search.progress = lambda tried, total: told.append((tried, total))
+    history = fit(model, Flat(), batches, search, max_seconds=1e-6, progress=False)
+    assert history.stopped == "max_seconds" and history.polls == []
+    assert told and told[0][1] == 8, "the user's own progress is called too"
+    assert len(told) == 1, "and then the step ended"
+    told.clear()
+    search.step(lambda: model(batches[0][0]).sum() * 0.0)
+    assert told, "the user's own progress is back in place"
+
+
+def test_ctrl_c_ends_it_with_the_incumbent_in_place():
+    model, batches = regression()
+    before = [p.clone() for p in model.parameters()]
+    search = psfast.PatternSearch(model.parameters())
+    history = fit(model, Flat(5, KeyboardInterrupt()), batches, search, progress=False)
+    assert history.stopped == "interrupted" and history.polls == []
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_an_exception_leaves_the_incumbent_and_is_raised_on():
+    model, batches = regression()
+    before = [p.clone() for p in model.parameters()]
+    search = psfast.PatternSearch(model.parameters())
+    model.eval()
+    with pytest.raises(ZeroDivisionError):
+        fit(model, Flat(5, ZeroDivisionError()), batches, search, progress=False)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert not model.training and search.progress is None
+
+
+def test_batch_norm_sees_one_forward_pass_a_step_and_dropout_no_global_randomness():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
+    _, batches = regression(batches=2)
+    search = psfast.PatternSearch(model.parameters())
+    state = torch.get_rng_state()
+    fit(model, nn.MSELoss(), batches, search, max_steps=5, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model[1].num_batches_tracked == 5
+    assert model.training
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_progress_moves_inside_a_poll(installed, capsys, monkeypatch):
+    monkeypatch.setattr("psfast.optimizer._PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "_LINE_SECONDS", 0.0)
+    if not installed:
+        monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    model, batches = regression()
+    search = psfast.PatternSearch(model.parameters(), block_size=3)
+    fit(model, Flat(), batches, search, max_steps=2)
+    shown = capsys.readouterr().err
+    assert "poll 3 of 8" in shown and "radius" in shown
+
+
+def test_bad_input_is_refused():
+    model, batches = regression()
+    search = psfast.PatternSearch(model.parameters())
+    criterion = nn.MSELoss()
+    with pytest.raises(TypeError, match=r"must be a psfast\.PatternSearch, got Adam"):
+        fit(model, criterion, batches, torch.optim.Adam(model.parameters()), progress=False)
+    with pytest.raises(ValueError, match="max_steps must be an integer >= 1"):
+        fit(model, criterion, batches, search, max_steps=0, progress=False)
+    with pytest.raises(ValueError, match="max_seconds must be > 0"):
+        fit(model, criterion, batches, search, max_seconds=-1.0, progress=False)
+    with pytest.raises(ValueError, match="loader gave no batch in pass 1"):
+        fit(model, criterion, [], search, progress=False)
+    with pytest.raises(ValueError, match="loader gave no batch in pass 2"):
+        fit(model, criterion, iter(batches), search, max_steps=3, progress=False)
+    with pytest.raises(TypeError, match="a batch must be"):
+        fit(model, criterion, [3], search, progress=False)
+    with pytest.raises(TypeError, match=r"got \['input', 'y'\]"):
+        unpack({"input": 1, "y": 2})
+
+
+def test_a_batch_without_supervised_positions_is_refused():
+    model = psfast.DecoderOnlyTransformer(102, 8, 1, 2, 8)
+    search = psfast.PatternSearch(model.parameters())
+    nothing = {"x": torch.ones(2, 4, dtype=torch.int64), "y": torch.full((2, 4), 100)}
+    with pytest.raises(ValueError, match="no supervised position"):
+        fit(model, psfast.MaskedCrossEntropy(), [nothing], search, progress=False)
+
+
+def test_scores_weigh_every_supervised_position_the_same():
+    torch.manual_seed(0)
+    logits = torch.randn(5, 7, 102)
+    targets = torch.randint(4, (5, 7))
+    targets[:3, 2:] = 100
+    criterion = psfast.MaskedCrossEntropy()
+    sums = ScoreSums()
+    for part in (slice(0, 3), slice(3, 5)):
+        sums.add(criterion, logits[part], targets[part])
+    scores = sums.result()
+    supervised = targets != 100
+    assert scores.count == supervised.sum() == 20
+    assert scores.loss == pytest.approx(criterion(logits, targets).item())
+    assert scores.perplexity == pytest.approx(math.exp(scores.loss))
+    right = (logits.argmax(-1) == targets)[supervised].float().mean().item()
+    assert scores.accuracy == pytest.approx(right)
+
+
+def test_scores_of_torchs_own_class_convention():
+    logits, targets = torch.randn(3, 4, 6), torch.randint(4, (3, 6))
+    sums = ScoreSums()
+    sums.add(nn.CrossEntropyLoss(), logits, targets)
+    assert sums.result().accuracy == pytest.approx(
+        (logits.argmax(1) == targets).float().mean().item()
+    )
+
+
+def test_evaluate_uses_eval_mode_and_puts_every_mode_back():
+    model = nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.9))
+    model[0].eval()
+    _, batches = regression()
+    assert evaluate(model, nn.MSELoss(), batches) == evaluate(model, nn.MSELoss(), batches)
+    assert model.training and model[1].training and not model[0].training
+
+
+def test_the_same_batch_and_mask_are_the_same_objective():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5), nn.Linear(2, 1))
+    _, ((x, y), (other_x, other_y)) = regression(batches=2)
+    objectives = BatchObjectives(model, nn.MSELoss(), list(model.parameters()))
+    first = objectives.on(x, y, seed=1)
+    first_loss = first().item()
+    assert objectives.on(x.clone(), y, seed=1)().item() == first_loss
+    assert objectives.on(x, y, seed=2)().item() != first_loss
+    assert objectives.on(other_x, other_y, seed=1)().item() != first_loss
+    assert objectives.on(x, y, seed=1)().item() == first_loss
+    x.mul_(2.0)
+    assert objectives.on(x, y, seed=1)().item() != first_loss

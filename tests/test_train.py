@@ -1,0 +1,250 @@
+"""The command ``psfast-train``: the document's overrides, its outputs, its refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("hydra")
+pytest.importorskip("lightning")
+
+TINY = [
+    "model.d_model=16",
+    "model.n_layers=1",
+    "model.n_heads=2",
+    "model.d_ff=16",
+    "trainer.limit_train_batches=3",
+    "trainer.limit_val_batches=2",
+    "trainer.limit_test_batches=2",
+    "trainer.enable_progress_bar=false",
+    "threads=1",
+]
+
+
+def command(*overrides, cwd):
+    environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "psfast.train", *overrides],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*overrides, cwd):
+    process = command(*overrides, cwd=cwd)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def the_run(cwd) -> Path:
+    (folder,) = (path.parent for path in Path(cwd).glob("outputs/**/.hydra"))
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The command in this process: (overrides) -> the run's folder. Saves starting Python."""
+    from psfast import train
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    threads = torch.get_num_threads()
+
+    def start(*overrides):
+        flags = [o for o in overrides if o.startswith("--")]
+        rest = [o for o in overrides if not o.startswith("--")]
+        monkeypatch.setattr(sys, "argv", ["psfast-train", *flags, *TINY, *rest])
+        train.main()
+        return max(tmp_path.glob("**/.hydra"), key=lambda path: path.stat().st_mtime_ns).parent
+
+    yield start
+    torch.set_num_threads(threads)
+
+
+def test_the_quick_test_of_the_document(tmp_path):
+    status, out, err = run(
+        "--config-name=pattern_search_train",
+        "trainer.max_epochs=2",
+        "trainer.limit_train_batches=3",
+        "trainer.limit_val_batches=2",
+        "logger.offline=True",
+        "task.evaluations_per_batch=50",
+        "threads=1",
+        cwd=tmp_path,
+    )
+    assert status == 0, err
+    folder = the_run(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary) == [
+        "evaluations",
+        "seconds",
+        "evaluations_per_second",
+        "train_loss_first",
+        "train_loss_last",
+        "val_loss_first",
+        "val_loss_last",
+        "val_accuracy",
+        "radius",
+        "checkpoint",
+    ]
+    assert summary["evaluations"] >= 6 * 50 and summary["radius"] == 0.1
+    assert summary["val_loss_last"] < summary["val_loss_first"]
+    assert Path(summary["checkpoint"]).exists()
+    assert list(folder.glob("wandb/offline-run-*"))
+    for name in summary:
+        assert f"\n{name} " in out
+    assert {path.name for path in tmp_path.iterdir()} == {"outputs"}
+
+
+def test_the_custom_configuration_of_the_document(here):
+    folder = here(
+        "trainer.max_epochs=1",
+        "model.d_model=32",
+        "model.n_layers=2",
+        "datamodule.batch_size=8",
+        "train_dataset.n_samples=500",
+        "task.pattern_search_radius=0.01",
+        "logger=none",
+    )
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["radius"] == 0.01
+    state = torch.load(summary["checkpoint"], weights_only=False)
+    assert state["state_dict"]["model.head.weight"].shape == (102, 32)
+    assert state["global_step"] == 3
+
+
+@pytest.mark.parametrize("optimizer", ["reference", "adam", "sgd"])
+def test_the_other_optimizers(here, optimizer):
+    folder = here(f"optimizer={optimizer}", "trainer.max_epochs=1", "logger=none")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["evaluations"] is None) == (optimizer != "reference")
+    assert summary["val_loss_last"] != summary["val_loss_first"]
+
+
+@pytest.mark.parametrize("logger, written", [("csv", "csv/metrics.csv"), ("tensorboard", None)])
+def test_the_other_loggers(here, logger, written):
+    folder = here(f"logger={logger}", "trainer.max_epochs=1")
+    if written is None:
+        assert list((folder / logger).glob("events.*"))
+        return
+    header, *rows = (folder / written).read_text().splitlines()
+    for name in ("train_loss", "val_perplexity", "test_accuracy", "radius", "accepted"):
+        assert name in header.split(",")
+    assert len(rows) >= 3
+
+
+@pytest.mark.parametrize("ground_truth", ["s5", "modular_addition"])
+def test_the_other_ground_truths(here, ground_truth):
+    folder = here(f"ground_truth={ground_truth}", "trainer.max_epochs=1", "logger=none")
+    assert (folder / "summary.json").exists()
+
+
+@pytest.mark.parametrize("size", ["small", "medium", "large"])
+def test_the_sizes_of_the_document(size):
+    from hydra import compose, initialize_config_module
+    from hydra.utils import instantiate
+
+    import psfast
+
+    with initialize_config_module("psfast.configs", version_base="1.3"):
+        config = compose(
+            "pattern_search_train", overrides=[f"model={size}", f"data={size}", "logger=none"]
+        )
+    sizes = {"small": (64, 2, 200, 8), "medium": (128, 4, 500, 12), "large": (256, 6, 1000, 16)}
+    d_model, n_layers, n_samples, seq_len = sizes[size]
+    assert (config.model.d_model, config.model.n_layers) == (d_model, n_layers)
+    if size == "small":
+        count = sum(p.numel() for p in instantiate(config.model).parameters())
+        assert count == 121_446
+    data = instantiate(config.train_dataset)
+    assert isinstance(data, psfast.StateTrackingDataset)
+    assert len(data) == n_samples and len(data[0]["x"]) == 2 * seq_len
+
+
+def test_a_sweep_gives_each_run_its_folder(here, tmp_path):
+    here("--multirun", "task.pattern_search_radius=0.1,0.01", "trainer.max_epochs=1")
+    summaries = sorted(tmp_path.glob("outputs/multirun/*/*/*/summary.json"))
+    assert [path.parent.name for path in summaries] == ["0", "1"]
+    assert [json.loads(path.read_text())["radius"] for path in summaries] == [0.1, 0.01]
+    for path in summaries:
+        assert len(list(path.parent.glob("wandb/offline-run-*"))) == 1
+
+
+def test_a_run_killed_in_mid_epoch_goes_on_bit_for_bit(tmp_path, here):
+    overrides = [
+        "logger=none",
+        "trainer.max_epochs=2",
+        "trainer.limit_train_batches=20",
+        "callbacks.last.seconds=0",
+        "task.evaluations_per_batch=10",
+    ]
+    whole = torch.load(
+        json.loads((here(*overrides) / "summary.json").read_text())["checkpoint"],
+        weights_only=False,
+    )
+    place = tmp_path / "killed"
+    place.mkdir()
+    process = command(*TINY, *overrides, cwd=place)
+    while not (found := list(place.glob("outputs/**/last.ckpt"))):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not list(place.glob("outputs/**/summary.json"))
+    steps = torch.load(found[0], weights_only=False)["global_step"]
+    assert 0 < steps < 40 and steps % 20, "the kill came too late to test anything"
+
+    resumed = here(*overrides, f"ckpt_path={found[0]}")
+    summary = json.loads((resumed / "summary.json").read_text())
+    last = torch.load(resumed / "checkpoints/last.ckpt", weights_only=False)
+    assert last["global_step"] == whole["global_step"] == 40
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, last["state_dict"][name]), name
+    assert whole["optimizer_states"][0]["search"] == last["optimizer_states"][0]["search"]
+    assert summary["evaluations"] == whole["optimizer_states"][0]["search"]["evaluations"]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["model.width=3"], "Could not override 'model.width'"),
+        (["model=huge"], "Could not find 'model/huge'"),
+        (["task.pattern_search_radius=-1"], "radius must be > 0"),
+        (["task.pattern_search_radius=nan"], "radius must be > 0"),
+        (["task.pattern_search_radius=big"], "radius must be a number, got 'big'"),
+        (["datamodule.batch_size=0"], "batch_size must be an integer >= 1, got 0"),
+        (["model.n_heads=3"], "d_model must be divisible by n_heads"),
+        (["train_dataset.seq_len=80"], "max_len = 128, got T = 160"),
+        (["trainer.gradient_clip_val=1.0"], "remove Trainer(gradient_clip_val=1.0)"),
+        (["trainer.accumulate_grad_batches=2"], "accumulate_grad_batches=2"),
+        (["save_dir=/dev/null/runs"], "/dev/null/runs"),
+        (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+    ],
+)
+def test_bad_input_ends_with_one_line(here, capfd, tmp_path, overrides, message):
+    with pytest.raises(SystemExit) as exit:
+        here("logger=none", "trainer.max_epochs=1", *overrides)
+    assert exit.value.code == 1
+    (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("psfast-train: err")]
+    assert message in line
+    assert not list(tmp_path.glob("**/summary.json"))
+
+
+def test_wandb_online_without_a_key_says_what_to_do(here, capfd, monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(SystemExit):
+        here("logger.offline=False", "trainer.max_epochs=1")
+    assert "run `wandb login`" in capfd.readouterr().err
