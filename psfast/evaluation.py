@@ -141,7 +141,7 @@ class BatchObjectives:
         self.model, self.criterion, self.params = model, criterion, params
         self.backend = backend
         self.objective: Objective | None = None
-        self._at: tuple | None = None
+        self._place: _Place | None = None
 
     def on(self, inputs: Tensor, targets: Tensor, seed: int) -> Objective:
         """The objective on this batch, with the dropout mask of ``seed`` if there is dropout.
@@ -153,26 +153,30 @@ class BatchObjectives:
         supervised_positions(self.criterion, targets)
         if not self._has_dropout():
             seed = 0
-        at = (inputs, targets, inputs._version, targets._version, seed)
-        if self._at is not None and _equal(self._at, at):
+        if self._place is not None and self._place.is_at(inputs, targets, seed):
             return self.objective
-        self._at = at
-        if self.objective is not None:
-            try:
-                self.objective.set_batch(inputs, targets, seed=seed)
-                return self.objective
-            except ValueError:
-                pass  # another shape than this backend was prepared for
-        self.objective = objective(
-            self.model,
-            self.criterion,
-            inputs,
-            targets,
-            params=self.params,
-            backend=self.backend,
-            seed=seed,
-        )
+        self._place = None  # until this batch is in place
+        if not self._taken_on(inputs, targets, seed):
+            self.objective = objective(
+                self.model,
+                self.criterion,
+                inputs,
+                targets,
+                params=self.params,
+                backend=self.backend,
+                seed=seed,
+            )
+        self._place = _Place((inputs, targets), (inputs._version, targets._version), seed)
         return self.objective
+
+    def _taken_on(self, inputs: Tensor, targets: Tensor, seed: int) -> bool:
+        if self.objective is None:
+            return False
+        try:
+            self.objective.set_batch(inputs, targets, seed=seed)
+        except ValueError:  # another shape or mode than its backend can serve
+            return False
+        return True
 
     def _has_dropout(self) -> bool:
         return any(
@@ -181,12 +185,17 @@ class BatchObjectives:
         )
 
 
-def _equal(a: tuple, b: tuple) -> bool:
-    if a[4] != b[4]:
-        return False
-    if a[0] is b[0] and a[1] is b[1]:
-        return a[2:4] == b[2:4]  # else written to in place since
-    return all(
-        x.shape == y.shape and x.device == y.device and torch.equal(x, y)
-        for x, y in zip(a[:2], b[:2], strict=True)
-    )
+class _Place(NamedTuple):
+    """The batch and mask that an objective is on."""
+
+    batch: tuple[Tensor, Tensor]
+    versions: tuple[int, int]
+    seed: int
+
+    def is_at(self, inputs: Tensor, targets: Tensor, seed: int) -> bool:
+        if seed != self.seed or self.versions != tuple(part._version for part in self.batch):
+            return False  # another mask, or a batch that was written to since
+        return all(
+            a is b or (a.shape == b.shape and a.device == b.device and torch.equal(a, b))
+            for a, b in zip(self.batch, (inputs, targets), strict=True)
+        )

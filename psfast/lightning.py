@@ -397,7 +397,7 @@ class LastCheckpoint(L.Callback):
 
     def _save(self, trainer: L.Trainer) -> None:
         unfinished = self.path.with_suffix(".tmp")
-        trainer.save_checkpoint(unfinished)
+        trainer.save_checkpoint(unfinished, weights_only=False)
         unfinished.replace(self.path)
         self._saved = time.monotonic()
 
@@ -483,8 +483,9 @@ def wandb_logger(name: str, offline: bool | None = None, **options) -> WandbLogg
     """
     import wandb
 
-    if os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
-        offline = True
+    mode = os.environ.get("WANDB_MODE")
+    if mode in ("offline", "dryrun", "disabled"):
+        offline = mode != "disabled"  # with it, nothing is to be written either
     elif not offline and not wandb.login(prompt=False, verify=False):
         if offline is False:
             raise MisconfigurationException(
