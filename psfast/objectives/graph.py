@@ -1,0 +1,231 @@
+"""One CUDA graph per trial point: change, evaluate, compare, keep or restore, move on."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from psfast.flat import trainable
+from psfast.objectives.base import check_block
+from psfast.objectives.serial import SerialObjective
+
+_CAPACITY = 4096  # trial points that the device holds at a time
+_ROUND = 32  # replays between two looks at the losses, where the caller may stop early
+_WARM_UP = 3  # evaluations before the capture, for the libraries' lazy initialisation
+
+
+class Cursor(NamedTuple):
+    """A block of trial points on the device, and where the next step stands in it.
+
+    place: (1,) int64; index: (C,) int64; delta: (C,), in the parameters' dtype
+    losses: (C,) float64, filled up to ``place``
+    bar: (1,) float64: a loss below it is kept and becomes the bar; -inf keeps nothing
+    """
+
+    place: Tensor
+    index: Tensor
+    delta: Tensor
+    losses: Tensor
+    bar: Tensor
+
+    @classmethod
+    def on(cls, buffer: Tensor) -> "Cursor":
+        device = buffer.device
+        return cls(
+            torch.zeros(1, dtype=torch.int64, device=device),
+            torch.zeros(_CAPACITY, dtype=torch.int64, device=device),
+            torch.zeros(_CAPACITY, dtype=buffer.dtype, device=device),
+            torch.zeros(_CAPACITY, dtype=torch.float64, device=device),
+            torch.zeros(1, dtype=torch.float64, device=device),
+        )
+
+    def load(self, index: Tensor, delta: Tensor, bar: float) -> None:
+        """Put a block of K <= C trial points there and go to its start."""
+        self.index[: len(index)].copy_(index, non_blocking=True)
+        self.delta[: len(delta)].copy_(delta, non_blocking=True)
+        self.bar.fill_(bar)
+        self.place.zero_()
+
+
+def trial_step(closure: Callable[[], Tensor], buffer: Tensor, cursor: Cursor) -> None:
+    """Evaluate the trial point at the cursor; device work alone, so that it can be captured.
+
+    buffer: (N,): the flat parameters. Afterwards they are as before, or, if the loss fell
+    below the bar, the trial point itself.
+    """
+    at = cursor.index.index_select(0, cursor.place)
+    old = buffer.index_select(0, at)
+    new = old + cursor.delta.index_select(0, cursor.place)
+    buffer.index_copy_(0, at, new)
+    try:
+        loss = closure().detach().reshape(1).double()
+    except BaseException:
+        buffer.index_copy_(0, at, old)
+        raise
+    # NaN compares false and fmin drops it, so it is never kept.
+    buffer.index_copy_(0, at, torch.where(loss < cursor.bar, new, old))
+    torch.fmin(cursor.bar, loss, out=cursor.bar)
+    cursor.losses.index_copy_(0, cursor.place, loss)
+    cursor.place.add_(1)
+
+
+class GraphObjective(SerialObjective):
+    """The serial objective with ``trial_step`` captured once and replayed for every trial point.
+
+    closure: () -> scalar loss tensor, the same work at every call, without a host sync: reads
+        its tensors from fixed places, has no branch on their values
+    params: the parameters it depends on, on a CUDA device
+    seed: of the random state that every evaluation starts from
+    capture: False runs the same steps without a graph, on any device: the twin for tests
+
+    Raises ValueError with the reason if the closure cannot be captured.
+    """
+
+    backend = "graph"
+
+    def __init__(
+        self, closure: Callable, params: list[nn.Parameter], *, seed: int = 0, capture: bool = True
+    ):
+        super().__init__(closure, params, seed=seed)
+        if capture and self.flat.buffer.device.type != "cuda":
+            raise ValueError(f"params must be on a CUDA device, got {self.flat.buffer.device}")
+        self._capturing = capture
+        self._prepare()
+
+    def __call__(self) -> Tensor:
+        self._follow()
+        for buffer in self._buffers:
+            buffer.copy.copy_(buffer.value)
+        zero = torch.zeros(1, dtype=torch.int64, device=self.flat.buffer.device)
+        # A change by zero: the same graph, so an exact no-op has this loss to the bit.
+        return self.losses(zero, zero.to(self.flat.buffer.dtype))[0]
+
+    def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
+        check_block(index, delta, self.flat.size)
+        self._follow()
+        found = []
+        for block in zip(index.split(_CAPACITY), delta.split(_CAPACITY), strict=True):
+            found.append(self._run(*block, -math.inf, stop_below))
+            if len(found[-1]) < len(block[0]):
+                break
+        return torch.cat(found)
+
+    def descend(self, index: Tensor, delta: Tensor, bar: float) -> Tensor:
+        """The serial loop over the block, on the device: whatever lowers the loss is kept.
+
+        index: (K,) int64; delta: (K,); bar: the incumbent's loss -> losses: (K,) float64
+
+        Trial point k was kept if its loss is below ``bar`` and all losses before it. One host
+        sync serves all of them, where ``losses`` and ``accept`` need one per kept trial point.
+        """
+        check_block(index, delta, self.flat.size)
+        self._follow()
+        found = []
+        for block in zip(index.split(_CAPACITY), delta.split(_CAPACITY), strict=True):
+            found.append(self._run(*block, bar, None))
+            bar = self._cursor.bar.item()
+        self.flat.add(index[:0], delta[:0])  # so that others see that parameters have changed
+        return torch.cat(found)
+
+    def _run(self, index: Tensor, delta: Tensor, bar: float, stop_below: float | None) -> Tensor:
+        cursor, done = self._cursor, 0
+        cursor.load(index, delta, bar)
+        with self._evaluation():
+            while done < len(index):
+                first, done = done, min(done + _ROUND, len(index))
+                for _ in range(first, done):
+                    for generator in self._generators:
+                        generator.manual_seed(self.seed)
+                    self._replay()
+                if stop_below is not None and (cursor.losses[first:done] < stop_below).any():
+                    break
+        return cursor.losses[:done].clone()
+
+    def _follow(self) -> None:
+        """Capture again if the parameters have moved; new values are read by any replay."""
+        if self.flat.changed() and self.flat.buffer.data_ptr() != self._address:
+            self._prepare()
+
+    def _prepare(self) -> None:
+        self._cursor = Cursor.on(self.flat.buffer)
+        self._address = self.flat.buffer.data_ptr()
+        self._cursor.bar.fill_(-math.inf)
+        with self._evaluation(), self._found_buffers():
+            self._checked_closure()
+        self._replay = self._step
+        if self._capturing:
+            self._replay = self._captured().replay
+
+    def _step(self) -> None:
+        trial_step(self.closure, self.flat.buffer, self._cursor)
+        for buffer in self._buffers:
+            buffer.restore()
+
+    def _checked_closure(self) -> None:
+        for generator in self._generators:
+            generator.manual_seed(self.seed)
+        try:
+            loss = self.closure()
+        except RuntimeError as error:
+            if "does not require grad" in str(error):
+                raise ValueError("the closure runs backward()") from error
+            raise
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(f"the closure must return a scalar tensor, got {type(loss).__name__}")
+        if loss.device != self.flat.buffer.device:
+            raise ValueError(
+                f"the loss must be on {self.flat.buffer.device} like the parameters, "
+                f"got {loss.device}"
+            )
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with self._evaluation(), torch.cuda.device(self.flat.buffer.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    self._step()
+            torch.cuda.current_stream().wait_stream(side)
+            try:
+                with torch.cuda.graph(graph):
+                    self._step()
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ValueError(f"the closure cannot be captured: {reason}") from error
+        return graph
+
+
+class GraphModelObjective(GraphObjective):
+    """``criterion(model(inputs), targets)`` as a graph; the batch is copied to fixed places."""
+
+    def __init__(
+        self, model, criterion, inputs, targets, *, params=None, seed: int = 0, capture: bool = True
+    ):
+        for name, value in (("inputs", inputs), ("targets", targets)):
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
+        self.model, self.criterion = model, criterion
+        self.inputs, self.targets = inputs.clone(), targets.clone()
+        super().__init__(
+            lambda: self.criterion(self.model(self.inputs), self.targets),
+            trainable(model.parameters()) if params is None else params,
+            seed=seed,
+            capture=capture,
+        )
+
+    def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
+        self.seed = self.seed if seed is None else seed
+        batch, fixed = (inputs, targets), (self.inputs, self.targets)
+        if all(
+            new.shape == old.shape and new.dtype == old.dtype
+            for new, old in zip(batch, fixed, strict=True)
+        ):
+            for new, old in zip(batch, fixed, strict=True):
+                old.copy_(new)
+            return
+        device = self.inputs.device
+        self.inputs, self.targets = inputs.to(device).clone(), targets.to(device).clone()
+        self._prepare()
