@@ -1,0 +1,77 @@
+"""Collect what each benchmark measured, then print ratios of one run and keep the rows."""
+
+import statistics
+from collections import defaultdict
+
+import harness
+import pytest
+import torch
+
+
+class Measurements:
+    """Seconds per trial point, by (table, case, backend), of this one run."""
+
+    def __init__(self):
+        self.tables: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+
+    def add(self, table: str, case: str, backend: str, seconds: float) -> None:
+        self.tables[table][case][backend] = seconds
+
+    def rows(self, table: str) -> list[dict]:
+        rows = []
+        for case, seconds in self.tables[table].items():
+            for backend, value in seconds.items():
+                row = {"case": case, "backend": backend, "us_per_point": f"{value * 1e6:.3f}"}
+                row["points_per_second"] = f"{1 / value:.0f}"
+                for base in ("reference", "serial loop", "batched"):
+                    ratio = f"{seconds[base] / value:.2f}" if base in seconds else ""
+                    row["x_" + base.replace(" ", "_")] = ratio
+                rows.append(row)
+        return rows
+
+
+_measured = Measurements()
+
+
+@pytest.fixture
+def measure(benchmark, request):
+    """``measure(table, case, backend, run, points)`` times ``run()`` of ``points`` trial points.
+
+    Median of several rounds after one for warm-up; once, untimed, when timing is disabled.
+    ``run`` may return the seconds that count, where a part of it does not.
+    """
+
+    def measure(table, case, backend, run, points, rounds=3):
+        returned = []
+        benchmark.extra_info.update(table=table, case=case, backend=backend, points=points)
+        benchmark.pedantic(
+            lambda: returned.append(run()), rounds=rounds, iterations=1, warmup_rounds=1
+        )
+        if request.config.getoption("benchmark_disable"):
+            return
+        seconds = benchmark.stats.stats.median
+        if returned[-1] is not None:
+            seconds = statistics.median(returned[-rounds:])
+        _measured.add(table, case, backend, seconds / points)
+
+    return measure
+
+
+@pytest.fixture(autouse=True)
+def _all_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def pytest_terminal_summary(terminalreporter):
+    for table in _measured.tables:
+        rows = _measured.rows(table)
+        terminalreporter.section(f"{table}: ratios of this run ({harness.machine()['device']})")
+        columns = list(rows[0])
+        widths = [max(len(c), *(len(row[c]) for row in rows)) for c in columns]
+        for row in [dict(zip(columns, columns, strict=True)), *rows]:
+            cells = [row[c].ljust(w) for c, w in zip(columns, widths, strict=True)]
+            terminalreporter.write_line("  ".join(cells))
+        path = harness.append_rows(table, rows)
+        terminalreporter.write_line(f"rows appended to {path}")

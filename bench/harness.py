@@ -1,0 +1,154 @@
+"""What the benchmarks share: the task, the baselines, forced outcomes, rows of results."""
+
+import csv
+import datetime
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import psfast
+from psfast.objectives.base import Objective
+from psfast.search import coordinates, derive_seed, poll_order
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = {
+    "small": {"d_model": 64, "n_layers": 2, "n_heads": 4, "d_ff": 256},
+    "medium": {"d_model": 128, "n_layers": 4, "n_heads": 8, "d_ff": 512},
+    "large": {"d_model": 256, "n_layers": 6, "n_heads": 8, "d_ff": 1024},
+}
+
+
+def state_tracking(size: str = "small", batch: int = 4, dtype=torch.float32, device="cpu"):
+    """The default job: model, criterion, inputs (B, 16), targets (B, 16); dropout off."""
+    torch.manual_seed(0)
+    model = psfast.DecoderOnlyTransformer(**SIZES[size], dropout=0.0).to(device, dtype)
+    data = psfast.StateTrackingDataset(n_samples=batch, seq_len=8, seed=0)
+    items = [data[i] for i in range(batch)]
+    inputs = torch.stack([item["x"] for item in items]).to(device)
+    targets = torch.stack([item["y"] for item in items]).to(device)
+    return model, psfast.MaskedCrossEntropy(), inputs, targets
+
+
+def poll_block(flat, start: int, count: int, radius: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Trial points of a poll in poll order: index (count,), delta (count,)."""
+    entries = poll_order(0, 0, start, count, 2 * flat.size)
+    index, sign = coordinates(entries)
+    device = flat.buffer.device
+    return index.to(device), (sign * radius).to(device, flat.buffer.dtype)
+
+
+def serial_loop(closure, flat, index: Tensor, delta: Tensor, below: float) -> int:
+    """The clean serial loop: no_grad, change in place, evaluate, restore the saved value.
+
+    Returns how many losses lie below ``below`` (nothing is accepted).
+    """
+    buffer, improved = flat.buffer, 0
+    with torch.no_grad():
+        for i, d in zip(index.tolist(), delta.tolist(), strict=True):
+            saved = buffer[i].item()
+            buffer[i] = saved + d
+            improved += closure().item() < below
+            buffer[i] = saved
+    return improved
+
+
+def serial_accepts(closure, flat, points, accepted) -> None:
+    """The clean serial loop where ``accepted`` (bool per point) says what to keep."""
+    buffer = flat.buffer
+    index, delta = points
+    with torch.no_grad():
+        for i, d, keep in zip(index.tolist(), delta.tolist(), accepted, strict=True):
+            saved = buffer[i].item()
+            buffer[i] = saved + d
+            closure().item()
+            if not keep:
+                buffer[i] = saved
+
+
+def forced(position: int, probability: float) -> bool:
+    """Whether trial point ``position`` of a run improves: fixed, and with ``probability``."""
+    return derive_seed(1, position) < probability * 2**62
+
+
+class ForcedOutcomes(Objective):
+    """An objective whose trial points cost what they cost and improve as ``forced`` says.
+
+    So every backend and baseline runs the same accepts at the same places, whatever the
+    model does; the losses are computed, and thrown away.
+    """
+
+    backend = "forced"
+
+    def __init__(self, inner: Objective, probability: float):
+        super().__init__(inner.params)
+        self.inner, self.probability = inner, probability
+        self.position, self.level = 0, 0.0
+
+    def __call__(self) -> Tensor:
+        return torch.tensor(self.level, dtype=torch.float64)
+
+    def losses(self, index, delta, *, stop_below=None) -> Tensor:
+        outcomes = [forced(self.position + k, self.probability) for k in range(len(index))]
+        if stop_below is not None and self.inner.backend == "serial" and any(outcomes):
+            outcomes = outcomes[: outcomes.index(True) + 1]
+        count = len(outcomes)
+        self.inner.losses(index[:count], delta[:count])
+        self.position += outcomes.index(True) + 1 if any(outcomes) else count
+        return torch.where(torch.tensor(outcomes), self.level - 1.0, self.level + 1.0).double()
+
+    def accept(self, index, delta) -> None:
+        self.level -= 1.0
+        self.inner.accept(index, delta)
+
+
+def agreement(objective: Objective, exact: Objective, count: int = 96) -> float:
+    """The largest relative error of ``count`` losses against the float64 serial ones."""
+    index, delta = poll_block(objective.flat, 0, count)
+    losses = objective.losses(index, delta).double().cpu()
+    expected = exact.losses(index.cpu(), delta.double().cpu())
+    return ((losses - expected) / expected).abs().max().item()
+
+
+def machine() -> dict[str, str]:
+    """What a row says of where it was measured."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip() or "unknown",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "psfast": psfast.__version__,
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def append_rows(name: str, rows: list[dict]) -> Path:
+    """Append rows to ``results/NAME.csv``; every row carries the machine's columns."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.csv"
+    rows = [{**machine(), **row} for row in rows]
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+    return path
