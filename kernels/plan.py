@@ -4,16 +4,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from psfast.kernels import transformer as kernel
+from torch import Tensor, nn
 
 MODES = ("fp16x3", "tf32x3", "fp32")
 FALLBACK = "tf32x3"  # fp16's range ends at 65,504; tf32 has that of fp32
 WEIGHT_SCALE = 64.0  # keeps the low halves of small weights out of fp16's subnormal numbers
-LONGEST = 128  # positions: a sequence must fit into one tile
-WIDEST = 256  # d_model
 _REPAIR_POINTS = 32
+_STAGED_BYTES = 2**25
 _END = 2**63 - 1
 
 
@@ -26,6 +24,7 @@ class Config(NamedTuple):
     hidden: int
     vocabulary: int
     stages: int
+    staged: int = 0  # normalised columns at a time, where they do not stay on chip
 
 
 class Sizes(NamedTuple):
@@ -57,18 +56,28 @@ def padded_positions(T: int) -> int:
     return _power_of_two(T)
 
 
-def choose_config(sizes: Sizes) -> Config:
-    """The configuration for these sizes; ``psfast.kernels.compile`` checks each of them."""
-    width = sizes.padded_model
-    if width <= 64:
-        config = Config(64, 4, 2, 32, 64, 2)
-    elif width <= 128:
-        config = Config(64, 8, 2, 32, 32, 2)
-    else:
-        config = Config(32, 8, 1, 32, 32, 2)
-    if sizes.positions > config.rows:
-        config = config._replace(rows=sizes.positions, warps=8)
-    return config._replace(heads=min(config.heads, _power_of_two(sizes.n_heads, least=1)))
+# (compute capability, padded d_model, positions) -> configuration. Each is free of spills in
+# fp16x3 and fits into shared memory: `python -m psfast.kernels.compile` checks all of them.
+CONFIGS = {
+    (9, 64, 16): Config(64, 4, 2, 32, 64, 2),
+    (9, 64, 32): Config(64, 4, 2, 32, 64, 2),
+    (9, 64, 64): Config(64, 4, 1, 32, 64, 2),
+    (9, 64, 128): Config(128, 8, 1, 32, 64, 2),
+    (9, 128, 16): Config(64, 8, 1, 16, 32, 2),
+    (9, 128, 32): Config(64, 8, 1, 16, 32, 2),
+    (9, 128, 64): Config(64, 8, 1, 16, 32, 2),
+    (8, 64, 16): Config(64, 4, 1, 16, 32, 2),
+    (8, 64, 32): Config(64, 4, 1, 16, 32, 2),
+    (8, 128, 16): Config(32, 8, 1, 32, 32, 2),
+    (8, 128, 32): Config(32, 8, 1, 32, 32, 2),
+    (9, 256, 32): Config(64, 8, 1, 32, 32, 2, staged=64),
+    (8, 256, 32): Config(32, 8, 1, 32, 32, 2, staged=64),
+}
+
+
+def choose_config(sizes: Sizes, capability: int) -> Config | None:
+    """The configuration for these sizes; None if there is none."""
+    return CONFIGS.get((min(capability, 9), max(64, sizes.padded_model), sizes.positions))
 
 
 def constants(sizes: Sizes, config: Config, mode: str, *, cache: bool, repair: bool) -> dict:
@@ -81,6 +90,7 @@ def constants(sizes: Sizes, config: Config, mode: str, *, cache: bool, repair: b
         "DP": sizes.padded_model,
         "D_K": sizes.d_model // sizes.n_heads,
         "DK": DK,
+        "KC": config.staged if config.staged and mode == "fp16x3" else sizes.padded_model,
         "HC": config.heads,
         "AP": _round_up(sizes.n_heads, config.heads) * DK,
         "FP": _round_up(sizes.d_ff, config.hidden),
@@ -141,12 +151,21 @@ class TransformerPlan:
     No launch waits for the device.
     """
 
-    def __init__(self, model: nn.Module, trainable: list[nn.Parameter], sizes: Sizes, mode: str):
-        self.sizes, self.mode = sizes, mode
-        self.config = choose_config(sizes)
+    def __init__(
+        self,
+        model: nn.Module,
+        trainable: list[nn.Parameter],
+        sizes: Sizes,
+        config: Config,
+        mode: str,
+    ):
+        self.sizes, self.config, self.mode = sizes, config, mode
+        self._scratch: Tensor | None = None
         self.device = trainable[0].device
         ids = parameter_ids(model, trainable)
-        packed = pack_order(model, ids, constants(sizes, self.config, mode, cache=False, repair=False))
+        packed = pack_order(
+            model, ids, constants(sizes, self.config, mode, cache=False, repair=False)
+        )
         self.order = packed.to(torch.int32).to(self.device)
         self.table = tensor_table(model, trainable, sizes.tensors).to(self.device)
         self.n_params = sum(p.numel() for p in trainable)
@@ -157,7 +176,11 @@ class TransformerPlan:
         self.score_scale = kernel.LOG2E.value / d_k**0.5
 
     def rows(self, tokens: Tensor, targets: Tensor, masks: Tensor | None, dropout: float) -> Rows:
-        """tokens, targets: (B, T), -1 in targets: not supervised; masks: (L, B, T, d_model) bool."""
+        """The batch as the kernel reads it.
+
+        tokens, targets: (B, T) integers, a target of -1 not supervised; masks: (L, B, T, d_model)
+        bool, what each block's dropout keeps
+        """
         B, T = tokens.shape
         TP, DP = self.sizes.positions, self.sizes.padded_model
         sequences = self.config.rows // TP
@@ -215,25 +238,43 @@ class TransformerPlan:
         zero = torch.zeros(1, rows.groups, dtype=torch.float32, device=self.device)
         return self._reduce(cache, zero, rows)
 
-    def losses(self, cache: Cache, params: Tensor, rows: Rows, index: Tensor, delta: Tensor) -> Tensor:
+    def losses(
+        self, cache: Cache, params: Tensor, rows: Rows, index: Tensor, delta: Tensor
+    ) -> Tensor:
         """index: (K,) int64; delta: (K,) float32 -> (K,) float64, at the cached incumbent."""
         K = len(index)
         partial = torch.empty(K, rows.groups, dtype=torch.float32, device=self.device)
-        grid = (K, rows.groups)
-        self._launch(grid, index, delta, partial, params, cache, rows, K, cache=False)
+        for start in range(0, K, self._most(rows)):
+            part = slice(start, start + self._most(rows))
+            points = len(index[part])
+            self._launch(
+                (points, rows.groups),
+                index[part],
+                delta[part],
+                partial[part],
+                params,
+                cache,
+                rows,
+                points,
+                cache=False,
+            )
         return self._reduce(cache, partial, rows)
 
+    def _most(self, rows: Rows) -> int:
+        """Trial points of one launch: with rows staged in memory, as many as stay in the L2."""
+        if not self.config.staged:
+            return _END
+        tile = 4 * self.config.rows * self.sizes.padded_model
+        return max(1, _STAGED_BYTES // (tile * rows.groups))
+
     def _launch(self, grid, index, delta, out, params, tensors, rows, K, *, cache: bool) -> None:
-        c = self.config
         self._run(grid, index, delta, out, params, tensors, rows, K, self.mode, cache, False)
         if self.mode == "fp16x3":
             points = 1 if cache else _REPAIR_POINTS
             grid = (-(-K // points), grid[1])
             self._run(grid, index, delta, out, params, tensors, rows, K, FALLBACK, cache, True)
 
-    def _run(
-        self, grid, index, delta, out, params, tensors, rows, K, mode, cache, repair
-    ) -> None:
+    def _run(self, grid, index, delta, out, params, tensors, rows, K, mode, cache, repair) -> None:
         kernel.evaluate[grid](
             index,
             delta,
@@ -249,6 +290,7 @@ class TransformerPlan:
             tensors.qkv,
             tensors.columns,
             tensors.nll,
+            self._staged(grid),
             K,
             rows.groups * self.config.rows,
             self.n_params,
@@ -263,6 +305,14 @@ class TransformerPlan:
             num_stages=self.config.stages,
             enable_fp_fusion=True,
         )
+
+    def _staged(self, grid: tuple[int, int]) -> Tensor:
+        """Where the programs of a launch put their normalised rows; one element if nowhere."""
+        per_program = 2 * self.config.rows * self.sizes.padded_model if self.config.staged else 0
+        size = max(1, grid[0] * grid[1] * per_program)
+        if self._scratch is None or len(self._scratch) < size:
+            self._scratch = torch.empty(size, dtype=torch.float16, device=self.device)
+        return self._scratch
 
     def _reduce(self, cache: Cache, partial: Tensor, rows: Rows) -> Tensor:
         K = len(partial)

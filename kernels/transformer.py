@@ -97,6 +97,47 @@ def _linear(
 
 
 @triton.jit
+def _linear_of_norm(
+    n_hi,
+    n_lo,
+    staged_ptr,
+    w_ptr,
+    hi_ptr,
+    lo_ptr,
+    start,
+    acc,
+    M: tl.constexpr,
+    DP: tl.constexpr,
+    OUT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    KC: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """``_linear`` of the normalised rows (M, DP), from memory KC columns at a time if KC < DP."""
+    if KC < DP:
+        for c in range(0, DP, KC):
+            at = (c + tl.arange(0, KC))[None, :] + (tl.arange(0, M) * DP)[:, None]
+            a_hi = tl.load(staged_ptr + at)
+            a_lo = tl.load(staged_ptr + M * DP + at)
+            at_w = start + c * STRIDE
+            acc = _linear(a_hi, a_lo, w_ptr, hi_ptr, lo_ptr, at_w, acc, KC, OUT, STRIDE, MODE)
+        return acc
+    else:
+        return _linear(n_hi, n_lo, w_ptr, hi_ptr, lo_ptr, start, acc, DP, OUT, STRIDE, MODE)
+
+
+@triton.jit
+def _stage(n_hi, n_lo, staged_ptr, M: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr):
+    """Put the normalised rows where ``_linear_of_norm`` finds them, if it looks in memory."""
+    if KC < DP:
+        at = (tl.arange(0, M) * DP)[:, None] + tl.arange(0, DP)[None, :]
+        tl.debug_barrier()
+        tl.store(staged_ptr + at, n_hi)
+        tl.store(staged_ptr + M * DP + at, n_lo)
+        tl.debug_barrier()
+
+
+@triton.jit
 def _layer_norm(x, weight, bias, eps, D: tl.constexpr, DP: tl.constexpr):
     """LayerNorm of the rows of x (M, DP), of which the first D columns count."""
     centred = x - (tl.sum(x, 1) / D)[:, None]
@@ -108,7 +149,9 @@ def _layer_norm(x, weight, bias, eps, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
-def _attend(q, k, v, scale, BATCH: tl.constexpr, TP: tl.constexpr, DK: tl.constexpr, MODE: tl.constexpr):
+def _attend(
+    q, k, v, scale, BATCH: tl.constexpr, TP: tl.constexpr, DK: tl.constexpr, MODE: tl.constexpr
+):
     """Causal softmax attention of q, k, v (BATCH, TP, DK); scale = log2(e) / sqrt(d_k)."""
     q_hi, q_lo = _split(q, MODE)
     k_hi, k_lo = _split(tl.permute(k, (0, 2, 1)), MODE)
@@ -154,6 +197,7 @@ def evaluate(
     qkv_ptr,  # (L, 3, R, AP)
     columns_ptr,  # (L * COLUMNS + DP, R): what a changed weight's column multiplies
     nll_ptr,  # (R,)
+    staged_ptr,  # (programs, 2, M, DP) fp16: a wide model's normalised rows, hi and lo
     K,
     R,
     n_params,
@@ -169,6 +213,7 @@ def evaluate(
     DP: tl.constexpr,
     D_K: tl.constexpr,
     DK: tl.constexpr,
+    KC: tl.constexpr,  # normalised columns at a time; DP: all, kept on chip
     HC: tl.constexpr,  # heads at a time
     AP: tl.constexpr,
     FP: tl.constexpr,
@@ -213,6 +258,7 @@ def evaluate(
 
     group = tl.program_id(1)
     groups = tl.num_programs(1)
+    staged = staged_ptr + (tl.program_id(0) * groups + group) * (2 * M * DP)
     rows = group * M + tl.arange(0, M)
     cols = tl.arange(0, DP)
     token = tl.load(rows_ptr + rows)
@@ -334,48 +380,91 @@ def evaluate(
                         if is_ff1:
                             v = tl.load(w_ptr + layer * LAYER + W2 + row * DP + cols)
                         change = u[:, None] * v[None, :]
-                        if DROPOUT:
-                            if is_ff:
-                                at = ((layer * R + rows) * DP)[:, None] + cols[None, :]
-                                keep = tl.load(keep_ptr + at) != 0
-                                change = tl.where(keep, change * inv_keep, 0.0)
+                        if is_ff & DROPOUT:
+                            at = ((layer * R + rows) * DP)[:, None] + cols[None, :]
+                            keep = tl.load(keep_ptr + at) != 0
+                            change = tl.where(keep, change * inv_keep, 0.0)
                         x += change
 
-                # 3. The rest of the blocks.
-                first = slot // 2
-                for block in range(first, n_layers):
+                # 3. The rest of the way, one half of a block a step. The LayerNorm that a trial
+                # point may change is the first one. n is carried over the steps, as hi and lo:
+                # wgmma reads what a loop carries from shared memory, not from registers.
+                tail = n_layers * LAYER
+                norm_at = slot // 2 * LAYER + slot % 2 * LN2
+                ln_w = tl.load(w_ptr + norm_at + cols)
+                ln_b = tl.load(w_ptr + norm_at + DP + cols)
+                if not CACHE:
+                    patch = tl.where(cols == row, delta, 0.0)
+                    is_weight = (kind == LN1_WEIGHT) | (kind == LN2_WEIGHT) | (kind == NORM_WEIGHT)
+                    is_bias = (kind == LN1_BIAS) | (kind == LN2_BIAS) | (kind == NORM_BIAS)
+                    ln_w += tl.where(is_weight, patch, 0.0)
+                    ln_b += tl.where(is_bias, patch, 0.0)
+                n = _layer_norm(x, ln_w, ln_b, eps, D, DP)
+                if CACHE:
+                    tl.store(columns_ptr + cols[None, :] * R + rows[:, None], n)
+                n_hi, n_lo = _split(n, MODE)
+                _stage(n_hi, n_lo, staged, M, DP, KC)
+                for step in range(slot, 2 * n_layers):
+                    block = step // 2
                     base = block * LAYER
                     column_0 = block * COLUMNS
-                    here = tl.where(block == first, delta, 0.0)
-                    if (block > first) | (slot % 2 == 0):
-                        ln_w = tl.load(w_ptr + base + cols)
-                        ln_b = tl.load(w_ptr + base + DP + cols)
-                        if not CACHE:
-                            patch = tl.where(cols == row, here, 0.0)
-                            ln_w += tl.where(kind == LN1_WEIGHT, patch, 0.0)
-                            ln_b += tl.where(kind == LN1_BIAS, patch, 0.0)
-                        n = _layer_norm(x, ln_w, ln_b, eps, D, DP)
-                        if CACHE:
-                            at = (column_0 + cols)[None, :] * R + rows[:, None]
-                            tl.store(columns_ptr + at, n)
-                        n_hi, n_lo = _split(n, MODE)
-                        acc = tl.zeros((M, DP), tl.float32)
+                    acc = tl.zeros((M, DP), tl.float32)
+                    if step % 2 == 0:
                         for c in range(0, AP, DC):
                             zero = tl.zeros((M, DC), tl.float32)
                             bias = w_ptr + base + BQ + c + tl.arange(0, DC)
                             w_at = base + WQ + c
-                            q = _linear(
-                                n_hi, n_lo, w_ptr, hi_ptr, lo_ptr, w_at, zero, DP, DC, AP, MODE
+                            q = _linear_of_norm(
+                                n_hi,
+                                n_lo,
+                                staged,
+                                w_ptr,
+                                hi_ptr,
+                                lo_ptr,
+                                w_at,
+                                zero,
+                                M,
+                                DP,
+                                DC,
+                                AP,
+                                KC,
+                                MODE,
                             )
                             q = q * INV + tl.load(bias)[None, :]
                             w_at += DP * AP
-                            key = _linear(
-                                n_hi, n_lo, w_ptr, hi_ptr, lo_ptr, w_at, zero, DP, DC, AP, MODE
+                            key = _linear_of_norm(
+                                n_hi,
+                                n_lo,
+                                staged,
+                                w_ptr,
+                                hi_ptr,
+                                lo_ptr,
+                                w_at,
+                                zero,
+                                M,
+                                DP,
+                                DC,
+                                AP,
+                                KC,
+                                MODE,
                             )
                             key = key * INV + tl.load(bias + AP)[None, :]
                             w_at += DP * AP
-                            v = _linear(
-                                n_hi, n_lo, w_ptr, hi_ptr, lo_ptr, w_at, zero, DP, DC, AP, MODE
+                            v = _linear_of_norm(
+                                n_hi,
+                                n_lo,
+                                staged,
+                                w_ptr,
+                                hi_ptr,
+                                lo_ptr,
+                                w_at,
+                                zero,
+                                M,
+                                DP,
+                                DC,
+                                AP,
+                                KC,
+                                MODE,
                             )
                             v = v * INV + tl.load(bias + 2 * AP)[None, :]
                             if CACHE:
@@ -397,60 +486,56 @@ def evaluate(
                             acc = _linear(
                                 a_hi, a_lo, w_ptr, hi_ptr, lo_ptr, w_at, acc, DC, DP, DP, MODE
                             )
-                        x += acc * INV + tl.load(w_ptr + base + BO + cols)[None, :]
-                        if CACHE:
-                            at = (((2 * block + 1) * R + rows) * DP)[:, None] + cols[None, :]
-                            tl.store(x_ptr + at, x)
-
-                    ln_w = tl.load(w_ptr + base + LN2 + cols)
-                    ln_b = tl.load(w_ptr + base + LN2 + DP + cols)
-                    if not CACHE:
-                        patch = tl.where(cols == row, here, 0.0)
-                        ln_w += tl.where(kind == LN2_WEIGHT, patch, 0.0)
-                        ln_b += tl.where(kind == LN2_BIAS, patch, 0.0)
+                        acc = acc * INV + tl.load(w_ptr + base + BO + cols)[None, :]
+                    else:
+                        for f in range(0, FP, FC):
+                            hidden = tl.zeros((M, FC), tl.float32)
+                            w_at = base + W1 + f
+                            hidden = _linear_of_norm(
+                                n_hi,
+                                n_lo,
+                                staged,
+                                w_ptr,
+                                hi_ptr,
+                                lo_ptr,
+                                w_at,
+                                hidden,
+                                M,
+                                DP,
+                                FC,
+                                FP,
+                                KC,
+                                MODE,
+                            )
+                            f_cols = f + tl.arange(0, FC)
+                            hidden = hidden * INV + tl.load(w_ptr + base + B1 + f_cols)[None, :]
+                            if CACHE:
+                                hidden_at = (column_0 + HIDDEN + f_cols)[None, :] * R
+                                tl.store(columns_ptr + hidden_at + rows[:, None], hidden)
+                            # Not tl.maximum, which would turn a NaN into zero.
+                            a_hi, a_lo = _split(tl.where(hidden < 0, 0.0, hidden), MODE)
+                            w_at = base + W2 + f * DP
+                            acc = _linear(
+                                a_hi, a_lo, w_ptr, hi_ptr, lo_ptr, w_at, acc, FC, DP, DP, MODE
+                            )
+                        acc = acc * INV + tl.load(w_ptr + base + B2 + cols)[None, :]
+                        if DROPOUT:
+                            keep_at = ((block * R + rows) * DP)[:, None] + cols[None, :]
+                            acc = tl.where(tl.load(keep_ptr + keep_at) != 0, acc * inv_keep, 0.0)
+                    x += acc
+                    after = step + 1
+                    norm_at = after // 2 * LAYER + after % 2 * LN2
+                    ln_w = tl.load(w_ptr + norm_at + cols)
+                    ln_b = tl.load(w_ptr + norm_at + DP + cols)
                     n = _layer_norm(x, ln_w, ln_b, eps, D, DP)
                     if CACHE:
-                        at = (column_0 + N2 + cols)[None, :] * R + rows[:, None]
-                        tl.store(columns_ptr + at, n)
+                        tl.store(x_ptr + ((after * R + rows) * DP)[:, None] + cols[None, :], x)
+                        n_at = (after // 2 * COLUMNS + after % 2 * N2 + cols)[None, :] * R
+                        tl.store(columns_ptr + n_at + rows[:, None], n)
                     n_hi, n_lo = _split(n, MODE)
-                    acc = tl.zeros((M, DP), tl.float32)
-                    for f in range(0, FP, FC):
-                        hidden = tl.zeros((M, FC), tl.float32)
-                        w_at = base + W1 + f
-                        hidden = _linear(
-                            n_hi, n_lo, w_ptr, hi_ptr, lo_ptr, w_at, hidden, DP, FC, FP, MODE
-                        )
-                        f_cols = f + tl.arange(0, FC)
-                        hidden = hidden * INV + tl.load(w_ptr + base + B1 + f_cols)[None, :]
-                        if CACHE:
-                            hidden_at = (column_0 + HIDDEN + f_cols)[None, :] * R + rows[:, None]
-                            tl.store(columns_ptr + hidden_at, hidden)
-                        # Not tl.maximum, which would turn a NaN into zero.
-                        a_hi, a_lo = _split(tl.where(hidden < 0, 0.0, hidden), MODE)
-                        w_at = base + W2 + f * DP
-                        acc = _linear(a_hi, a_lo, w_ptr, hi_ptr, lo_ptr, w_at, acc, FC, DP, DP, MODE)
-                    acc = acc * INV + tl.load(w_ptr + base + B2 + cols)[None, :]
-                    if DROPOUT:
-                        at = ((block * R + rows) * DP)[:, None] + cols[None, :]
-                        acc = tl.where(tl.load(keep_ptr + at) != 0, acc * inv_keep, 0.0)
-                    x += acc
-                    if CACHE:
-                        at = (((2 * block + 2) * R + rows) * DP)[:, None] + cols[None, :]
-                        tl.store(x_ptr + at, x)
+                    _stage(n_hi, n_lo, staged, M, DP, KC)
 
-                # 4. Final LayerNorm, head and cross-entropy.
-                tail = n_layers * LAYER
-                ln_w = tl.load(w_ptr + tail + cols)
-                ln_b = tl.load(w_ptr + tail + DP + cols)
-                if not CACHE:
-                    patch = tl.where(cols == row, delta, 0.0)
-                    ln_w += tl.where(kind == NORM_WEIGHT, patch, 0.0)
-                    ln_b += tl.where(kind == NORM_BIAS, patch, 0.0)
-                n = _layer_norm(x, ln_w, ln_b, eps, D, DP)
-                if CACHE:
-                    at = (n_layers * COLUMNS + cols)[None, :] * R + rows[:, None]
-                    tl.store(columns_ptr + at, n)
-                n_hi, n_lo = _split(n, MODE)
+                # 4. Head and cross-entropy.
                 top = tl.full((M,), float("-inf"), tl.float32)
                 total = tl.zeros((M,), tl.float32)
                 picked = tl.zeros((M,), tl.float32)
@@ -458,7 +543,9 @@ def evaluate(
                 for start in range(0, VP, VC):
                     w_at = tail + 2 * DP + start
                     z = tl.zeros((M, VC), tl.float32)
-                    z = _linear(n_hi, n_lo, w_ptr, hi_ptr, lo_ptr, w_at, z, DP, VC, VP, MODE)
+                    z = _linear_of_norm(
+                        n_hi, n_lo, staged, w_ptr, hi_ptr, lo_ptr, w_at, z, M, DP, VC, VP, KC, MODE
+                    )
                     v_cols = start + tl.arange(0, VC)
                     z = z * INV + tl.load(w_ptr + tail + 2 * DP + DP * VP + v_cols)[None, :]
                     if not CACHE:

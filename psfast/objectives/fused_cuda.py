@@ -48,10 +48,6 @@ class TritonObjective(Objective):
             raise ValueError(f"the fused backend on a GPU needs triton: {error}") from error
         if precision not in plan.MODES:
             raise ValueError(f"precision must be one of {plan.MODES}, got {precision!r}")
-        if model.token_embedding.embedding_dim > plan.WIDEST:
-            raise ValueError(
-                f"d_model must be <= {plan.WIDEST}, got {model.token_embedding.embedding_dim}"
-            )
         self.model, self.criterion = model, criterion
         self.precision, self.seed = precision, seed
         self._kernels = plan
@@ -92,7 +88,7 @@ class TritonObjective(Objective):
 
     def set_batch(self, inputs: Tensor, targets: Tensor, *, seed: int | None = None) -> None:
         self.seed = self.seed if seed is None else seed
-        _check_batch(self.model, inputs, targets, self.criterion, self._kernels.LONGEST)
+        _check_batch(self.model, inputs, targets, self.criterion)
         self.inputs, self.targets = inputs, targets
         block = self.model.blocks[0]
         dropout = block.ff[3].p if block.ff[3].training else 0.0
@@ -106,8 +102,14 @@ class TritonObjective(Objective):
             dropout=dropout > 0,
         )
         if self._plan is None or self._plan.sizes != sizes:
+            config = self._kernels.choose_config(sizes, _capability(inputs.device))
+            if config is None:
+                raise ValueError(
+                    f"no kernel configuration for d_model = {sizes.d_model} and T = "
+                    f"{inputs.shape[1]} on this device"
+                )
             self._plan = self._kernels.TransformerPlan(
-                self.model, self.params, sizes, self.precision
+                self.model, self.params, sizes, config, self.precision
             )
             self._cache = None
         masks = self._masks(inputs.shape, dropout) if dropout > 0 else None
@@ -183,6 +185,11 @@ def _check_model(model: nn.Module, criterion: nn.Module, params: list[nn.Paramet
         raise ValueError(f"params must be the model's, got {foreign} others")
 
 
+def _capability(device: torch.device) -> int:
+    """The major compute capability; the interpreter behaves like the newest."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
 def _twin(model: DecoderOnlyTransformer) -> dict[str, torch.Size]:
     """The names and shapes of the parameters that a model of these sizes has."""
     block = model.blocks[0]
@@ -202,7 +209,7 @@ def _modules(model: nn.Module, kind: type) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
-def _check_batch(model, inputs: Tensor, targets: Tensor, criterion, longest: int) -> None:
+def _check_batch(model, inputs: Tensor, targets: Tensor, criterion) -> None:
     for name, value in (("inputs", inputs), ("targets", targets)):
         if not isinstance(value, Tensor) or value.ndim != 2 or value.is_floating_point():
             raise ValueError(f"{name} must be an integer tensor (B, T)")
@@ -219,8 +226,8 @@ def _check_batch(model, inputs: Tensor, targets: Tensor, criterion, longest: int
     if not inputs.numel():
         raise ValueError(f"the batch must not be empty, got {tuple(inputs.shape)}")
     T = inputs.shape[1]
-    if min(model.max_len, longest) < T:
-        raise ValueError(f"T must be <= {min(model.max_len, longest)}, got {T}")
+    if model.max_len < T:
+        raise ValueError(f"T must be <= max_len = {model.max_len}, got {T}")
     V = model.vocab_size
     scored = torch.where(targets == criterion.ignore_index, 0, targets)
     for name, value in (("inputs", inputs), ("targets", scored)):

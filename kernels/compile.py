@@ -1,0 +1,172 @@
+"""Compiles every kernel and configuration ahead of time: ``python -m psfast.kernels.compile``.
+
+Needs Triton and its ptxas, no GPU. Prints registers, spills and shared memory of each, and
+exits with 1 if a configuration in use spills in its default mode, needs more shared memory
+than the chip has, or makes ptxas serialise wgmma (C7512).
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from psfast.kernels import plan
+from psfast.kernels import transformer as kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED_MEMORY = {80: 166_912, 90: 232_448}
+DEFAULT_MODE = plan.MODES[0]
+_TYPES = {
+    "index_ptr": "*i64",
+    "delta_ptr": "*fp32",
+    "hi_ptr": "*fp16",
+    "staged_ptr": "*fp16",
+    "lo_ptr": "*fp16",
+    "table_ptr": "*i64",
+    "rows_ptr": "*i32",
+    "keep_ptr": "*i8",
+    "map_ptr": "*i32",
+    "incumbent_ptr": "*fp64",
+    "loss_ptr": "*fp64",
+    "eps": "fp32",
+    "scale": "fp32",
+    "inv_keep": "fp32",
+    "count": "fp32",
+}
+_UNALIGNED = ("index_ptr", "delta_ptr")
+_DIVISIBLE = ("R",)
+
+
+class Case(NamedTuple):
+    """One kernel to compile. strict: a spill is a failure."""
+
+    name: str
+    function: object
+    constants: dict
+    warps: int
+    stages: int
+    arch: int
+    strict: bool
+
+
+class Result(NamedTuple):
+    registers: int
+    spill: int
+    shared: int
+    serialised: bool
+
+    def faults(self, case: Case) -> list[str]:
+        found = ["spills"] if case.strict and self.spill else []
+        if self.shared > SHARED_MEMORY[case.arch]:
+            found.append(f"needs more than {SHARED_MEMORY[case.arch]} B of shared memory")
+        return found + (["wgmma serialised (C7512)"] if self.serialised else [])
+
+
+def transformer_sizes(width: int, positions: int) -> plan.Sizes:
+    """The sizes that a configuration is compiled for: small, medium and large."""
+    heads, layers = {64: (4, 2), 128: (8, 4), 256: (8, 6)}[width]
+    return plan.Sizes(width, heads, 4 * width, 102, layers, positions, dropout=True)
+
+
+def evaluate_case(
+    capability: int, width: int, positions: int, mode: str, *, cache: bool, repair: bool
+) -> Case:
+    sizes = transformer_sizes(width, positions)
+    config = plan.choose_config(sizes, capability)
+    what = ("cache" if cache else "evaluate") + (" repair" if repair else "")
+    return Case(
+        f"{what} {mode} d_model {width} T <= {positions}",
+        kernel.evaluate,
+        plan.constants(sizes, config, mode, cache=cache, repair=repair),
+        config.warps,
+        config.stages,
+        capability * 10,
+        mode == DEFAULT_MODE,
+    )
+
+
+def cases() -> Iterator[Case]:
+    """All kernels that can be launched: the default mode, its repair, and the named modes."""
+    for arch in SHARED_MEMORY:
+        yield Case("reduce", kernel.reduce_losses, {"BLOCK": 128}, 4, 2, arch, True)
+        scale = {"SCALE": plan.WEIGHT_SCALE, "BLOCK": 1024}
+        yield Case("pack", kernel.pack, scale, 4, 2, arch, True)
+    for capability, width, positions in plan.CONFIGS:
+        for cache in (False, True):
+            for mode in plan.MODES:
+                yield evaluate_case(capability, width, positions, mode, cache=cache, repair=False)
+            yield evaluate_case(
+                capability, width, positions, plan.FALLBACK, cache=cache, repair=True
+            )
+
+
+def compile_case(case: Case) -> Result:
+    """Compile as a launch would, then ask ptxas what came out."""
+    names = case.function.arg_names
+    signature = {name: "constexpr" if name in case.constants else _type(name) for name in names}
+    if case.constants.get("CACHE"):
+        signature["out_ptr"] = "*fp64"
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if (name.endswith("_ptr") and name not in _UNALIGNED) or name in _DIVISIBLE
+    }
+    source = ASTSource(
+        fn=case.function, signature=signature, constexprs=case.constants, attrs=aligned
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", case.arch, 32),
+        options={
+            "num_warps": case.warps,
+            "num_stages": case.stages,
+            "enable_fp_fusion": True,
+        },
+    )
+    return read_ptxas(compiled.asm["ptx"], case.arch, compiled.metadata.shared)
+
+
+def read_ptxas(ptx: str, arch: int, shared: int) -> Result:
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        target = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
+        command = [ptxas, "-v", target, path, "-o", Path(folder) / "kernel.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = done.stdout + done.stderr
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
+    registers = re.search(r"Used (\d+) registers", said)
+    return Result(int(registers[1]), sum(map(int, spilled)), shared, "C7512" in said)
+
+
+def report(chosen: Iterator[Case]) -> list[str]:
+    """Compile, print a line each; returns the faults."""
+    print(f"triton {triton.__version__}; spill: bytes of spill stores and loads")
+    print(f"{'chip':5} {'kernel':46} {'warps':>5} {'regs':>5} {'spill':>6} {'shared':>8}")
+    faults = []
+    for case in chosen:
+        result = compile_case(case)
+        found = result.faults(case)
+        faults += [f"sm_{case.arch} {case.name}: {fault}" for fault in found]
+        print(
+            f"sm_{case.arch} {case.name:46} {case.warps:5} {result.registers:5} "
+            f"{result.spill:6} {result.shared:8} {'; '.join(found)}".rstrip(),
+            flush=True,
+        )
+    return faults
+
+
+def _type(name: str) -> str:
+    return _TYPES.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+
+
+if __name__ == "__main__":
+    faults = report(cases())
+    print("\n".join(faults) or "no configuration in use spills")
+    sys.exit(bool(faults))

@@ -1,0 +1,251 @@
+"""Run by test_kernels.py, in a process of its own whose Triton interprets: losses of the fused
+kernels against float64 brute force. Sizes are odd and tiny; the interpreter is slow."""
+
+import copy
+import math
+
+import pytest
+import torch
+from psfast.kernels import plan
+
+import psfast
+from psfast.objectives.fused_cuda import TritonObjective
+
+SIZES = {
+    # Two sequences a tile and padding in every direction.
+    "T 17": dict(B=3, T=17, vocab_size=19, d_model=24, n_layers=2, n_heads=3, d_ff=40),
+    # Several tiles, d_k = 8, the vocabulary in two parts.
+    "three tiles": dict(B=9, T=5, vocab_size=102, d_model=16, n_layers=1, n_heads=2, d_ff=16),
+}
+WIDE = dict(B=2, T=18, vocab_size=7, d_model=132, n_layers=1, n_heads=3, d_ff=20)
+
+
+def problem(B, T, *, dropout=0.1, spread=0.2, seed=0, ignored=6, **sizes):
+    torch.manual_seed(seed)
+    model = psfast.DecoderOnlyTransformer(max_len=T + 3, dropout=dropout, **sizes)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(spread * torch.randn_like(p))
+    V = sizes["vocab_size"]
+    inputs = torch.randint(V - 1, (B, T))  # the last token is never read
+    targets = torch.randint(V, (B, T))
+    targets[:, : min(ignored, T - 1)] = 100
+    targets[0, T - 2 :] = 100
+    return model, psfast.MaskedCrossEntropy(), inputs, targets
+
+
+class BruteForce:
+    """Change, forward, restore, in float64, with the objective's dropout mask."""
+
+    def __init__(self, objective):
+        self.objective = objective
+        self.model = copy.deepcopy(objective.model).double()
+        model, p = objective.model, objective.model.blocks[0].ff[3].p
+        dropped = model.training and p > 0
+        shape = (*objective.inputs.shape, model.token_embedding.embedding_dim)
+        self.masks = [1.0] * len(model.blocks)
+        if dropped:
+            with torch.random.fork_rng():
+                torch.manual_seed(objective.seed)
+                ones = torch.ones(shape)
+                self.masks = [torch.dropout(ones, p, True).double() for _ in model.blocks]
+
+    def __call__(self):
+        model, inputs = self.model, self.objective.inputs
+        with torch.no_grad():
+            x = model.token_embedding(inputs) + model.position_embedding[: inputs.shape[1]]
+            for block, mask in zip(model.blocks, self.masks, strict=True):
+                x = x + block.attention(block.ln1(x))
+                x = x + block.ff[:3](block.ln2(x)) * mask
+            logits = model.head(model.final_norm(x))
+            return self.objective.criterion(logits, self.objective.targets).item()
+
+    def losses(self, index, delta):
+        found = []
+        names = {p: name for name, p in self.objective.model.named_parameters()}
+        mine = dict(self.model.named_parameters())
+        for i, d in zip(index.tolist(), delta.tolist(), strict=True):
+            number, element = self.objective.flat.locate(i)
+            p = mine[names[self.objective.params[number]]].data.view(-1)
+            old = p[element].item()
+            p[element] = (p[element].float() + d).double()
+            found.append(self())
+            p[element] = old
+        return torch.tensor(found, dtype=torch.float64)
+
+
+def points(objective, each, seed=1, radius=0.1):
+    """``each`` trial points of every parameter tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.cat(
+        [
+            offset + torch.randint(p.numel(), (each,), generator=generator)
+            for p, offset in zip(objective.params, objective.flat.offsets, strict=False)
+        ]
+    )
+    sign = torch.randint(2, (len(index),), generator=generator) * 2 - 1
+    return index, sign * radius
+
+
+def check(objective, index, delta, *, bound=1e-6):
+    brute = BruteForce(objective)
+    base = brute()
+    assert objective().item() == pytest.approx(base, abs=2e-6)
+    got = objective.losses(index, delta) - objective()
+    expected = brute.losses(index, delta) - base
+    error = (got - expected).abs()
+    worst = int(error.argmax())
+    number, element = objective.flat.locate(int(index[worst]))
+    assert error[worst] < bound, (number, element, got[worst], expected[worst])
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_every_tensor_against_float64(sizes):
+    objective = TritonObjective(*problem(**sizes), seed=3)
+    check(objective, *points(objective, 2))
+
+
+def test_a_wide_model_goes_through_memory():
+    objective = TritonObjective(*problem(**WIDE))
+    assert objective._plan.config.staged
+    index, delta = points(objective, 1)
+    check(objective, index[::2], delta[::2])
+
+
+@pytest.mark.parametrize("mode", [mode for mode in plan.MODES if mode != "fp16x3"])
+def test_the_other_modes(mode):
+    # The interpreter computes all of them in float32, so this checks their code, not their error.
+    objective = TritonObjective(*problem(**SIZES["T 17"]), precision=mode)
+    index, delta = points(objective, 1)
+    check(objective, index[::3], delta[::3])
+
+
+def test_a_loss_does_not_depend_on_its_block():
+    objective = TritonObjective(*problem(**SIZES["three tiles"]))
+    index, delta = points(objective, 1)
+    index, delta = index[::3], delta[::3]
+    together = objective.losses(index, delta)
+    backwards = objective.losses(index.flip(0), delta.flip(0)).flip(0)
+    assert torch.equal(together, backwards)
+    assert torch.equal(together[2:3], objective.losses(index[2:3], delta[2:3]))
+    assert objective.losses(index[:0], delta[:0]).shape == (0,)
+
+
+def test_exact_no_ops_have_the_incumbents_loss():
+    objective = TritonObjective(*problem(**SIZES["T 17"]))
+    model, offsets = objective.model, dict(zip(objective.params, objective.flat.offsets[:-1]))  # noqa: B905
+    d, d_k, T = 24, 8, 17
+    qkv = model.blocks[1].attention.qkv
+    unread = [
+        offsets[model.token_embedding.weight] + 18 * d + 5,  # a token that does not occur
+        offsets[model.position_embedding] + (T + 1) * d,  # a position behind the sequences
+        offsets[qkv.bias] + 3 * d_k + d_k + 2,  # a key's bias: the softmax drops it
+    ]
+    with torch.no_grad():
+        model.blocks[0].ff[0].bias[7] = -1e4  # a hidden unit that is dead at all rows
+    unread += [
+        offsets[model.blocks[0].ff[0].weight] + 7 * d + 3,
+        offsets[model.blocks[0].ff[0].bias] + 7,
+        offsets[model.blocks[0].ff[2].weight] + 2 * 40 + 7,
+    ]
+    index = torch.tensor(unread)
+    losses = objective.losses(index, torch.full((len(index),), 0.1))
+    assert torch.equal(losses, objective().expand(len(index)))
+    tiny = objective.losses(torch.tensor([offsets[model.head.bias]]), torch.tensor([1e-30]))
+    assert tiny.item() == objective().item()  # lost in the rounding of the parameter
+
+
+def test_accept_loss_at_and_foreign_changes():
+    objective = TritonObjective(*problem(**SIZES["three tiles"]), seed=2)
+    index, delta = points(objective, 1)
+    index, delta = index[[0, 3, 9]], delta[[0, 3, 9]]
+    before = objective.flat.buffer.clone()
+    promised = objective.loss_at(index, delta)
+    assert torch.equal(objective.flat.buffer, before)
+    objective.accept(index, delta)
+    assert objective().item() == promised.item()
+    assert objective().item() == pytest.approx(BruteForce(objective)(), abs=2e-6)
+    with torch.no_grad():
+        objective.model.blocks[0].ff[0].weight.mul_(1.5)
+    assert objective().item() == pytest.approx(BruteForce(objective)(), abs=2e-6)
+    check(objective, index, delta)
+
+
+def test_another_batch_another_mask_and_no_dropout():
+    model, criterion, inputs, targets = problem(**SIZES["three tiles"])
+    state = torch.get_rng_state()
+    objective = TritonObjective(model, criterion, inputs, targets, seed=2)
+    first = objective().item()
+    objective.set_batch(inputs[:2], targets[:2], seed=4)
+    assert objective().item() == pytest.approx(BruteForce(objective)(), abs=2e-6)
+    objective.set_batch(inputs, targets, seed=2)
+    assert objective().item() == first
+    assert torch.equal(torch.get_rng_state(), state)
+    model.eval()
+    objective.set_batch(inputs, targets)
+    with torch.no_grad():
+        expected = criterion(model(inputs), targets).item()
+    assert objective().item() == pytest.approx(expected, abs=2e-6)
+    objective.set_batch(inputs, torch.full_like(targets, 100))
+    assert math.isnan(objective().item())
+
+
+def test_frozen_parameters_are_read_and_not_counted():
+    model, *rest = problem(**SIZES["three tiles"])
+    for p in model.blocks[0].parameters():
+        p.requires_grad_(False)
+    objective = TritonObjective(model, *rest)
+    assert len(objective.params) == 6
+    check(objective, *points(objective, 1))
+
+
+def test_beyond_fp16s_range_it_evaluates_again():
+    model, *rest = problem(**SIZES["three tiles"])
+    objective = TritonObjective(model, *rest)
+    offset = dict(zip(objective.params, objective.flat.offsets[:-1]))  # noqa: B905
+    index = torch.tensor([offset[model.blocks[0].ff[0].bias] + 3, offset[model.head.bias]])
+    # The first hidden unit becomes 1e5, too much for fp16; its weights out make that 1e-5.
+    with torch.no_grad():
+        model.blocks[0].ff[2].weight[:, 3] = 1e-5
+    check(objective, index, torch.tensor([1e5, 0.1]))
+    with torch.no_grad():
+        model.blocks[0].ff[0].bias[3] = 1e5  # the incumbent too, and what w1 is times SCALE
+    check(objective, index, torch.tensor([1e3, 0.1]))
+
+
+def test_nan_stays_in_its_trial_point():
+    objective = TritonObjective(*problem(**SIZES["three tiles"]))
+    N = objective.flat.size
+    index = torch.tensor([0, 200, N - 1, -1, N])
+    delta = torch.tensor([math.nan, math.inf, 0.1, 0.1, 0.1])
+    losses = objective.losses(index, delta)
+    used = bool((objective.inputs == 0).any())
+    assert math.isnan(losses[0]) == used
+    assert not math.isfinite(losses[1]) or losses[1] == objective()
+    assert math.isfinite(losses[2])
+    assert torch.isnan(losses[3:]).all()
+
+
+def test_says_why_it_cannot_serve():
+    model, criterion, inputs, targets = problem(**SIZES["three tiles"])
+    tied = copy.deepcopy(model)
+    tied.head.weight = tied.token_embedding.weight
+    deep = problem(B=1, T=4, vocab_size=5, d_model=300, n_layers=1, n_heads=1, d_ff=4)
+    cases = [
+        ((torch.nn.Linear(2, 2), criterion, inputs, targets), "DecoderOnlyTransformer, got Linear"),
+        ((model, torch.nn.CrossEntropyLoss(), inputs, targets), "MaskedCrossEntropy, got Cross"),
+        (
+            (copy.deepcopy(model).double(), criterion, inputs, targets),
+            r"float32 .*torch.float64 on cpu",
+        ),
+        ((tied, criterion, inputs, targets), "tied"),
+        ((model, criterion, inputs + 200, targets), r"inputs must lie in \[0, 102\)"),
+        ((model, criterion, inputs, targets + 101), r"targets must lie in \[0, 102\)"),
+        ((model, criterion, inputs[:, :3], targets), "same shape"),
+        (deep, "no kernel configuration for d_model = 300"),
+    ]
+    for arguments, reason in cases:
+        with pytest.raises(ValueError, match=reason):
+            TritonObjective(*arguments)
+    with pytest.raises(ValueError, match="precision must be one of .*, got 'bf16'"):
+        TritonObjective(model, criterion, inputs, targets, precision="bf16")

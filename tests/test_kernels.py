@@ -1,0 +1,74 @@
+"""The fused kernels, interpreted on the CPU.
+
+Triton decides at its import whether it interprets, so these tests run in a process of their
+own; one that has imported Triton before could not.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import psfast
+from psfast.objectives.fused_cuda import TritonObjective
+
+pytest.importorskip("triton")
+
+
+def test_interpreted():
+    path = Path(__file__).with_name("kernels_interpreted.py")
+    command = [sys.executable, "-m", "pytest", "-x", "-W", "ignore", str(path)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted here")
+def test_needs_a_gpu():
+    model = psfast.DecoderOnlyTransformer(d_model=16, n_heads=2, d_ff=16)
+    inputs = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="must be on a CUDA device, got cpu"):
+        TritonObjective(model, psfast.MaskedCrossEntropy(), inputs, inputs)
+
+
+def test_importing_psfast_imports_no_triton():
+    code = (
+        "import psfast.kernels, psfast.objectives.fused_cuda, sys; print('triton' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp16x3", "tf32x3", "fp32"])
+def test_on_a_gpu(precision):
+    torch.manual_seed(0)
+    model = psfast.DecoderOnlyTransformer().cuda()
+    criterion = psfast.MaskedCrossEntropy()
+    inputs = torch.randint(102, (4, 16), device="cuda")
+    targets = torch.randint(99, (4, 16), device="cuda")
+    targets[:, :8] = 100
+    model.eval()
+    objective = TritonObjective(model, criterion, inputs, targets, precision=precision)
+    twin = psfast.DecoderOnlyTransformer().cuda().double()
+    twin.load_state_dict(model.state_dict())
+    twin.eval()
+    index = torch.randint(objective.flat.size, (200,), device="cuda")
+    delta = torch.full((200,), 0.1, device="cuda")
+    flat = torch.nn.utils.parameters_to_vector(twin.parameters()).detach()
+
+    def loss(values):
+        torch.nn.utils.vector_to_parameters(values, twin.parameters())
+        with torch.no_grad():
+            return criterion(twin(inputs), targets)
+
+    expected = []
+    for i in index.tolist():
+        values = flat.clone()
+        values[i] = (values[i].float() + 0.1).double()
+        expected.append(loss(values) - loss(flat))
+    got = objective.losses(index, delta) - objective()
+    torch.testing.assert_close(got, torch.stack(expected), rtol=0, atol=2e-6)
