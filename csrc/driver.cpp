@@ -1,0 +1,231 @@
+#include "driver.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <numeric>
+
+namespace psfast {
+namespace {
+
+// work(i) for i in [0, n) on torch's threads, handed out one by one in that order.
+template <class Work>
+void on_threads(int64_t n, Work work) {
+  const int64_t threads = std::min<int64_t>(n, torch::stable::get_num_threads());
+  if (threads <= 1) {
+    for (int64_t i = 0; i < n; ++i) work(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin)
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) work(i);
+  });
+}
+
+constexpr int64_t kLayerBits = 24, kHeadBits = 16;
+
+// Trial points with one key start alike. Keys ascend with the layer: the dearest come first.
+template <class R>
+uint64_t key_of(const Context<R>& c, const Trial<R>& t) {
+  int64_t layer = t.at.layer, head = 0;
+  const bool from_ff = t.at.kind >= Kind::ff1_w && t.at.kind <= Kind::ff2_b;
+  if ((t.entry == Entry::stream || t.entry == Entry::stream_plain) && from_ff) ++layer;
+  if (t.entry == Entry::scores) head = t.at.row / (3 * c.s.dk());
+  if (t.at.kind == Kind::position) head = t.at.row;  // later positions leave more untouched
+  return static_cast<uint64_t>(layer) << kLayerBits | static_cast<uint64_t>(t.entry) << kHeadBits |
+         static_cast<uint64_t>(std::min<int64_t>(head, (1 << kHeadBits) - 1));
+}
+
+// The change of one logit's row in closed form:
+// log(sum - e^l + e^(l + d)) - log(sum) = log(1 + p (e^d - 1)) with p = e^l / sum.
+template <class R>
+double head_change(const Context<R>& c, const Trial<R>& t) {
+  const Sizes& s = c.s;
+  const Layout& a = *c.layout;
+  const R *gain = c.w(c.map->final_w), *shift = c.w(c.map->final_b);
+  double change = 0;
+  for (int64_t row = 0; row < s.rows(); ++row) {
+    if (!c.batch->supervised[row]) continue;
+    double d = t.delta;
+    if (t.at.kind == Kind::head_w)
+      d *= c.at(a.xhat)[row * s.D + t.at.col] * gain[t.at.col] + shift[t.at.col];
+    const R* logits = c.at(a.logits) + row * a.head.N;
+    const double target = logits[c.targets[row]];
+    const double log_p = logits[t.at.row] - (c.row_shift()[row] + target) - std::log(c.row_sum()[row]);
+    const double p = std::exp(log_p);
+    change += d > 30 ? d + std::log(p + (1 - p) * std::exp(-d)) : std::log1p(p * std::expm1(d));
+    if (t.at.row == c.targets[row]) change -= d;
+  }
+  return change;
+}
+
+}  // namespace
+
+template <class R>
+R incumbent_loss(const Context<R>& c) {
+  return static_cast<R>(*c.total_loss() / static_cast<double>(c.batch->count));
+}
+
+template <class R>
+void losses(const Context<R>& c, const int64_t* index, const R* delta, int64_t K, R* out) {
+  const Sizes& s = c.s;
+  const Evaluator<R>& run = evaluator<R>();
+
+  // 1. Where each trial point starts, and which sequences it changes.
+  std::vector<Trial<R>> trials(K);
+  std::vector<int32_t> starts(K * s.B, -1);
+  constexpr int64_t kChunk = 64;
+  on_threads((K + kChunk - 1) / kChunk, [&](int64_t chunk) {
+    for (int64_t k = chunk * kChunk; k < std::min(K, (chunk + 1) * kChunk); ++k) {
+      Trial<R>& t = trials[k];
+      t.at = locate(s, *c.map, index[k]);
+      const R value = c.weights[index[k]], moved = value + delta[k];
+      t.delta = moved - value;
+      t.entry = moved == value || !c.batch->count ? Entry::noop : entry_of(c, t.at);
+      if (t.entry == Entry::noop || t.entry == Entry::head) continue;
+      for (int64_t b = 0; b < s.B; ++b) starts[k * s.B + b] = first_row(c, t, b);
+    }
+  });
+
+  // 2. Streams that start alike side by side, the same sequence together.
+  std::vector<std::pair<uint64_t, int32_t>> order;
+  order.reserve(K);
+  for (int64_t k = 0; k < K; ++k)
+    if (trials[k].entry != Entry::noop)
+      order.emplace_back(key_of(c, trials[k]), static_cast<int32_t>(k));
+  std::sort(order.begin(), order.end());
+  std::vector<Stream> streams;
+  std::vector<Group> groups;
+  for (size_t begin = 0, end; begin < order.size(); begin = end) {
+    end = begin;
+    while (end < order.size() && order[end].first == order[begin].first) ++end;
+    const Trial<R>& t = trials[order[begin].second];
+    if (t.entry == Entry::head) {
+      for (size_t i = begin; i < end; i += kChunk)
+        groups.push_back({Entry::head, 0, 0, static_cast<int64_t>(i),
+                          static_cast<int64_t>(std::min(end, i + kChunk))});
+      continue;
+    }
+    const int64_t from = streams.size();
+    for (int32_t b = 0; b < s.B; ++b)
+      for (size_t i = begin; i < end; ++i) {
+        const int32_t k = order[i].second;
+        if (starts[k * s.B + b] >= 0) streams.push_back({k, b, starts[k * s.B + b]});
+      }
+    const int64_t to = streams.size();
+    const int32_t head = t.entry == Entry::scores ? t.at.row / (3 * s.dk()) : 0;
+    for (int64_t i = from; i < to; i += run.wide)
+      groups.push_back({t.entry, static_cast<int32_t>(order[begin].first >> kLayerBits), head, i,
+                        std::min(to, i + run.wide)});
+  }
+
+  // 3. The groups; each stream's change goes to its own place.
+  std::vector<double> change(K * s.B, 0.0);
+  on_threads(groups.size(), [&](int64_t i) {
+    const Group& group = groups[i];
+    if (group.entry == Entry::head) {
+      for (int64_t j = group.begin; j < group.end; ++j) {
+        const int32_t k = order[j].second;
+        change[k * s.B] = head_change(c, trials[k]);
+      }
+      return;
+    }
+    double diff[256];
+    const Stream* first = streams.data() + group.begin;
+    run.evaluate(c, trials.data(), group, first, diff);
+    for (int64_t j = 0; j < group.end - group.begin; ++j)
+      change[first[j].trial * s.B + first[j].b] = diff[j];
+  });
+
+  // 4. One loss a trial point, its sequences added in their order.
+  const double total = *c.total_loss(), count = static_cast<double>(c.batch->count);
+  for (int64_t k = 0; k < K; ++k) {
+    double sum = 0;
+    for (int64_t b = 0; b < s.B; ++b) sum += change[k * s.B + b];
+    out[k] = static_cast<R>((total + sum) / count);
+  }
+}
+
+template <class R>
+void refresh(const Context<R>& c, const int64_t* changed, int64_t count) {
+  const Sizes& s = c.s;
+  const Evaluator<R>& run = evaluator<R>();
+  int64_t layer = 0;
+  bool behind_attention = false;
+  if (changed) {
+    int64_t from = 2 * s.L;  // in half layers
+    for (int64_t i = 0; i < count; ++i) {
+      const Coordinate at = locate(s, *c.map, changed[i]);
+      run.prepare_again(c, at);
+      const bool late = at.kind >= Kind::ln2_w && at.kind <= Kind::ff2_b;
+      from = std::min<int64_t>(from, 2 * at.layer + late);
+    }
+    layer = from / 2;
+    behind_attention = from % 2;
+  } else {
+    on_threads(s.L + 1, [&](int64_t l) { run.prepare(c, l); });
+  }
+  const int64_t step = run.narrow;
+  on_threads((s.B + step - 1) / step, [&](int64_t i) {
+    run.refresh(c, layer, behind_attention, i * step,
+                static_cast<int>(std::min(step, s.B - i * step)));
+  });
+  const int64_t first = layer + behind_attention;
+  on_threads((s.L - first) * s.B,
+             [&](int64_t i) { run.attend_inputs(c, first + i / s.B, i % s.B); });
+  double total = 0;
+  for (int64_t row = 0; row < s.rows(); ++row)
+    if (c.batch->supervised[row]) total += c.row_shift()[row] + std::log(c.row_sum()[row]);
+  *c.total_loss() = total;
+}
+
+#define PSFAST_INSTANTIATE(R)                                                        \
+  template R incumbent_loss<R>(const Context<R>&);                                   \
+  template void losses<R>(const Context<R>&, const int64_t*, const R*, int64_t, R*); \
+  template void refresh<R>(const Context<R>&, const int64_t*, int64_t);
+PSFAST_INSTANTIATE(float)
+PSFAST_INSTANTIATE(double)
+
+namespace {
+enum class Isa { portable, avx2, avx512 };
+
+Isa choose() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  const char* limit = std::getenv("PSFAST_ISA");  // for tests and measurements
+  const std::string most = limit ? limit : "avx512";
+  if (avx2 && avx512 && most == "avx512") return Isa::avx512;
+  if (avx2 && most != "portable") return Isa::avx2;
+#endif
+  return Isa::portable;
+}
+
+Isa isa() {
+  static const Isa chosen = choose();
+  return chosen;
+}
+}  // namespace
+
+const char* instruction_set() {
+  return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "portable";
+}
+
+template <class R>
+const Evaluator<R>& evaluator() {
+  static const Evaluator<R> chosen =
+#if defined(__x86_64__)
+      isa() == Isa::avx512 ? avx512::evaluator<R>() : isa() == Isa::avx2 ? avx2::evaluator<R>() :
+#endif
+      portable::evaluator<R>();
+  return chosen;
+}
+template const Evaluator<float>& evaluator<float>();
+template const Evaluator<double>& evaluator<double>();
+
+}  // namespace psfast

@@ -1,0 +1,741 @@
+// The evaluator of groups of trial points, compiled once an instruction set.
+//
+// A tile is M vectors of W lanes: M * W sequences side by side, lane = sequence of one trial
+// point. An activation of width N at one position is a panel [N][M] of vectors. Products read
+// a weight once for all lanes; LayerNorm, softmax and attention have no sums across lanes.
+//
+// Included by the evaluator's files inside their own namespace.
+
+// out(n, acc[M]) for n in [0, blocks * kBlock): acc = sum over k of weight[n][k] * x[k], in the
+// order of k. x: panel [K][M]; weight: [blocks][K][kBlock], `stride` elements a block.
+// With `list`, only the k in it are read: the others hold zeros, which would change no bit.
+template <class R, int M, class Out>
+PSFAST_INLINE void multiply(const typename Lanes<R>::V* x, int64_t K, const R* weight,
+                            int64_t stride, int64_t blocks, const int32_t* list, Out out) {
+  typedef typename Lanes<R>::V V;
+  constexpr int N = PSFAST_OUTPUTS;
+  for (int64_t block = 0; block < blocks; ++block) {
+    for (int half = 0; half < kBlock; half += N) {
+      const R* w = weight + block * stride + half;
+      V acc[N][M];
+      for (int i = 0; i < N; ++i)
+        for (int m = 0; m < M; ++m) acc[i][m] = V{};
+      for (int64_t j = 0; j < K; ++j) {
+        const int64_t k = list ? list[j] : j;
+        V xk[M];
+        for (int m = 0; m < M; ++m) xk[m] = x[k * M + m];
+        for (int i = 0; i < N; ++i) {
+          const R wk = w[k * kBlock + i];
+          for (int m = 0; m < M; ++m) acc[i][m] += xk[m] * wk;
+        }
+      }
+      for (int i = 0; i < N; ++i) out(block * kBlock + half + i, acc[i]);
+    }
+  }
+}
+
+// Work space of one thread, cut from one allocation.
+class Arena {
+ public:
+  void reserve(size_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      bytes = (bytes + 63) / 64 * 64;
+      data_ = static_cast<char*>(std::aligned_alloc(64, bytes));
+      size_ = data_ ? bytes : 0;
+    }
+    if (!data_) throw std::bad_alloc();
+    used_ = 0;
+  }
+  template <class X>
+  X* take(size_t n) {
+    X* p = reinterpret_cast<X*>(data_ + used_);
+    used_ += (n * sizeof(X) + 63) / 64 * 64;
+    return p;
+  }
+  ~Arena() { std::free(data_); }
+
+ private:
+  char* data_ = nullptr;
+  size_t size_ = 0, used_ = 0;
+};
+
+template <class R, int M>
+class Tile {
+  typedef typename Lanes<R>::V V;
+  static constexpr int W = Lanes<R>::W;
+  static constexpr int S = M * W;
+
+ public:
+  Tile(const Context<R>& context, const Trial<R>* trials) : c(context), s(c.s), trials(trials) {
+    static thread_local Arena arena;
+    const int64_t widest = std::max(std::max(c.layout->layers[0].qkv.N, c.layout->head.N),
+                                    c.layout->layers[0].ff1.N);
+    const int64_t vectors = M * (3 * s.T * s.D + s.T * 3 * s.dk_padded() + 2 * widest + s.T +
+                                 2 * round_up(s.D) + 3 * s.T);
+    arena.reserve(vectors * sizeof(V) + widest * 4 + s.T + 20 * 64);
+    x = arena.template take<V>(M * s.T * s.D);
+    centred = arena.template take<V>(M * s.T * s.D);
+    mixed = arena.template take<V>(M * s.T * s.D);
+    head_qkv = arena.template take<V>(M * s.T * 3 * s.dk_padded());
+    wide = arena.template take<V>(M * widest);
+    column = arena.template take<V>(M * widest);
+    weights_row = arena.template take<V>(M * s.T);
+    stream_column = arena.template take<V>(M * round_up(s.D));
+    narrow = arena.template take<V>(M * round_up(s.D));
+    rstd = arena.template take<V>(M * s.T);
+    g = arena.template take<V>(M * s.T);
+    g_key = arena.template take<V>(M * s.T);
+    list = arena.template take<int32_t>(widest);
+    need = arena.template take<uint8_t>(s.T);
+  }
+
+  // Evaluates n <= S streams and writes each one's change of the summed loss to diff[0..n).
+  void evaluate(const Group& group, const Stream* streams, int n, double* diff) {
+    place(n, [&](int lane) { return streams[lane].b; });
+    first = static_cast<int>(s.T);
+    for (int i = 0; i < n; ++i) first = std::min<int>(first, streams[i].t0);
+    start(group, streams);
+    for (int i = 0; i < n; ++i) diff[i] = loss[i] + std::log(ratio[i]);
+  }
+
+  // Runs the incumbent from layer `l`, from behind attention if `behind_attention`, for the
+  // sequences [b0, b0 + n), and keeps its activations.
+  void refresh(int64_t l, bool behind_attention, int64_t b0, int n) {
+    place(n, [&](int lane) { return b0 + lane; });
+    first = 0;
+    store = true;
+    lanes = n;
+    for (int p = 0; p < P; ++p) {
+      if (l == 0 && !behind_attention) embed(p);
+      else load(x_at(p), c.at(input_of(l)), s.D, p, s.D);
+    }
+    for (; l < s.L; ++l) {
+      if (!behind_attention) attention_layer(l, Plain{});
+      for (int p = 0; p < P; ++p) {
+        if (!needed(l, p)) continue;
+        if (behind_attention) load(x_at(p), c.at(layer(l).y), s.D, p, s.D);
+        else keep(x_at(p), c.at(layer(l).y), s.D, p, s.D);
+        hidden(l, p);
+        second(l, p);
+      }
+      behind_attention = false;
+    }
+    for (int p = 0; p < P; ++p)
+      if (need[p]) finish(p, Plain{});
+  }
+
+ private:
+  struct Plain {};    // activations come through the products
+  struct Rank1 {};    // activations come from the cache and one column
+  struct Given {};    // the same for q, k and v themselves, LayerNorm untouched
+
+  const Context<R>& c;
+  const Sizes& s;
+  const Trial<R>* trials;
+  V *x, *centred, *mixed, *head_qkv, *wide, *column, *weights_row, *stream_column, *narrow;
+  V *rstd, *g, *g_key;
+  int32_t* list;
+  uint8_t* need;
+  int64_t b[S];
+  double loss[S], ratio[S];
+  bool uniform = true, store = false;
+  int P = 0, first = 0, lanes = 0;
+
+  const LayerSpace& layer(int64_t l) const { return c.layout->layers[l]; }
+  const LayerWeights& weights(int64_t l) const { return c.map->layers[l]; }
+  size_t input_of(int64_t l) const { return l < s.L ? layer(l).x : c.layout->x; }
+  V* x_at(int p) const { return x + p * s.D * M; }
+  V* centred_at(int p) const { return centred + p * s.D * M; }
+  V* mixed_at(int p) const { return mixed + p * s.D * M; }
+  bool needed(int64_t l, int p) const { return l < s.L - 1 || need[p]; }
+  int64_t row(int lane, int p) const { return b[lane] * s.T + p; }
+
+  template <class Sequence>
+  void place(int n, Sequence sequence) {
+    uniform = true;
+    P = 0;
+    for (int i = 0; i < S; ++i) {
+      b[i] = sequence(i < n ? i : 0);
+      uniform = uniform && b[i] == b[0];
+      P = std::max<int>(P, c.batch->length[b[i]]);
+      loss[i] = 0;
+      ratio[i] = 1;
+    }
+    for (int p = 0; p < P; ++p) {
+      need[p] = 0;
+      for (int i = 0; i < S; ++i) need[p] |= c.batch->supervised[row(i, p)];
+    }
+  }
+
+  // panel [N] <- rows of a cached array of width ld.
+  void load(V* panel, const R* base, int64_t ld, int p, int64_t N) const {
+    if (uniform) {
+      const R* from = base + row(0, p) * ld;
+      for (int64_t n = 0; n < N; ++n)
+        for (int m = 0; m < M; ++m) panel[n * M + m] = splat<R>(from[n]);
+      return;
+    }
+    for (int i = 0; i < S; ++i) {
+      const R* from = base + row(i, p) * ld;
+      R* to = reinterpret_cast<R*>(panel) + i;
+      for (int64_t n = 0; n < N; ++n) to[n * S] = from[n];
+    }
+  }
+
+  // The reverse, for the incumbent.
+  void keep(const V* panel, R* base, int64_t ld, int p, int64_t N) const {
+    for (int i = 0; i < lanes; ++i) {
+      R* to = base + row(i, p) * ld;
+      const R* from = reinterpret_cast<const R*>(panel) + i;
+      for (int64_t n = 0; n < N; ++n) to[n] = from[n * S];
+    }
+  }
+
+  // panel [N] <- for each lane the N numbers that `at(trial, n)` names.
+  template <class At>
+  void gather(V* panel, const Stream* streams, int n_lanes, int64_t N, At at) const {
+    for (int i = 0; i < S; ++i) {
+      const Trial<R>& trial = trials[streams[i < n_lanes ? i : 0].trial];
+      R* to = reinterpret_cast<R*>(panel) + i;
+      for (int64_t n = 0; n < N; ++n) to[n * S] = at(trial, n);
+    }
+  }
+
+  void embed(int p) {
+    for (int i = 0; i < S; ++i) {
+      const R* token = c.w(c.map->tokens) + c.tokens[row(i, p)] * s.D;
+      const R* position = c.w(c.map->positions) + p * s.D;
+      R* to = reinterpret_cast<R*>(x_at(p)) + i;
+      for (int64_t n = 0; n < s.D; ++n) to[n * S] = token[n] + position[n];
+    }
+    keep(x_at(p), c.at(layer(0).x), s.D, p, s.D);
+  }
+
+  // to = from - mean; scale = 1 / sqrt(variance + eps).
+  void center(const V* from, V* to, V* scale) const {
+    const int64_t D = s.D;
+    const R inverse = R(1) / static_cast<R>(D);
+    for (int m = 0; m < M; ++m) {
+      V sum[4] = {};
+      for (int64_t n = 0; n < D; ++n) sum[n & 3] += from[n * M + m];
+      const V mean = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * inverse;
+      V square[4] = {};
+      for (int64_t n = 0; n < D; ++n) {
+        const V d = from[n * M + m] - mean;
+        to[n * M + m] = d;
+        square[n & 3] += d * d;
+      }
+      const V variance = ((square[0] + square[1]) + (square[2] + square[3])) * inverse;
+      scale[m] = splat<R>(1) / square_root(variance + static_cast<R>(s.eps));
+    }
+  }
+
+  void keep_normalised(const V* from, const V* scale, size_t offset, int p) {
+    for (int64_t n = 0; n < s.D; ++n)
+      for (int m = 0; m < M; ++m) narrow[n * M + m] = from[n * M + m] * scale[m];
+    keep(narrow, c.at(offset), s.D, p, s.D);
+  }
+
+  // One head's q, k and v at position p, panel [3 dk_padded].
+  void head_projection(int64_t l, int64_t h, int p, Plain) {
+    const Fold& f = layer(l).qkv;
+    const int64_t width = s.dk_padded(), n0 = h * 3 * width;
+    const int64_t skip = needed(l, p) ? 0 : width;  // the query, where none is asked
+    V* to = head_qkv + p * 3 * width * M;
+    const V* scale = rstd + p * M;
+    const R* bias = c.at(f.bias) + n0;
+    multiply<R, M>(centred_at(p), s.D, c.at(f.pack) + (n0 + skip) * s.D, s.D * kBlock,
+                   (3 * width - skip) / kBlock, nullptr, [&](int64_t n, const V* acc) {
+                     n += skip;
+                     for (int m = 0; m < M; ++m) {
+                       if (store) wide[n * M + m] = acc[m];
+                       to[n * M + m] = scale[m] * acc[m] + bias[n];
+                     }
+                   });
+    if (store) {
+      keep(wide + skip * M, c.at(f_raw(l)) + n0 + skip, f.N, p, 3 * width - skip);
+      keep(to + skip * M, c.at(layer(l).qkv_out) + n0 + skip, f.N, p, 3 * width - skip);
+    }
+  }
+
+  size_t f_raw(int64_t l) const { return layer(l).qkv_raw; }
+
+  void head_projection(int64_t l, int64_t h, int p, Rank1) {
+    const Fold& f = layer(l).qkv;
+    const int64_t width = 3 * s.dk_padded(), n0 = h * width;
+    V* to = head_qkv + p * width * M;
+    load(to, c.at(f_raw(l)) + n0, f.N, p, width);
+    const R* bias = c.at(f.bias) + n0;
+    for (int64_t n = 0; n < width; ++n)
+      for (int m = 0; m < M; ++m) {
+        const V raw = to[n * M + m] + g[p * M + m] * column[(n0 + n) * M + m];
+        to[n * M + m] = rstd[p * M + m] * raw + bias[n];
+      }
+  }
+
+  void head_projection(int64_t l, int64_t h, int p, Given) {
+    const Fold& f = layer(l).qkv;
+    const int64_t width = 3 * s.dk_padded(), n0 = h * width;
+    V* to = head_qkv + p * width * M;
+    load(to, c.at(layer(l).qkv_out) + n0, f.N, p, width);
+    for (int64_t n = 0; n < width; ++n)
+      for (int m = 0; m < M; ++m) to[n * M + m] += g[p * M + m] * column[(n0 + n) * M + m];
+  }
+
+  // weights_row[0..p] <- softmax of scores there.
+  void softmax(int p) {
+    V top[M];
+    for (int m = 0; m < M; ++m) top[m] = weights_row[m];
+    for (int j = 1; j <= p; ++j)
+      for (int m = 0; m < M; ++m) {
+        const V v = weights_row[j * M + m];
+        top[m] = v > top[m] ? v : top[m];
+      }
+    V sum[M] = {};
+    for (int j = 0; j <= p; ++j)
+      for (int m = 0; m < M; ++m) {
+        const V e = exp_negative<R>(weights_row[j * M + m] - top[m]);
+        weights_row[j * M + m] = e;
+        sum[m] += e;
+      }
+    for (int m = 0; m < M; ++m) sum[m] = splat<R>(1) / sum[m];
+    for (int j = 0; j <= p; ++j)
+      for (int m = 0; m < M; ++m) weights_row[j * M + m] *= sum[m];
+  }
+
+  // out[0..dk) = the weighted mean of the values, `stride` vectors a position.
+  void mix(int p, const V* values, int64_t stride, V* out) const {
+    for (int64_t f = 0; f < s.dk(); f += 4) {
+      const int64_t some = std::min<int64_t>(4, s.dk() - f);
+      V acc[4][M] = {};
+      for (int j = 0; j <= p; ++j) {
+        const V* v = values + j * stride + f * M;
+        for (int i = 0; i < 4; ++i)
+          for (int m = 0; m < M; ++m) acc[i][m] += weights_row[j * M + m] * v[i * M + m];
+      }
+      for (int i = 0; i < some; ++i)
+        for (int m = 0; m < M; ++m) out[(f + i) * M + m] = acc[i][m];
+    }
+  }
+
+  void attend(int64_t l, int64_t h, int p) {
+    const int64_t dk = s.dk(), width = s.dk_padded(), stride = 3 * width * M;
+    const V* q = head_qkv + p * stride;
+    const R scale = R(1) / std::sqrt(static_cast<R>(dk));
+    for (int j = 0; j <= p; ++j) {
+      const V* k = head_qkv + j * stride + width * M;
+      V acc[M] = {};
+      for (int64_t f = 0; f < dk; ++f)
+        for (int m = 0; m < M; ++m) acc[m] += q[f * M + m] * k[f * M + m];
+      for (int m = 0; m < M; ++m) weights_row[j * M + m] = acc[m] * scale;
+    }
+    if (store) keep_row(layer(l).scores, h, p);
+    softmax(p);
+    if (store) keep_row(layer(l).probs, h, p);
+    mix(p, head_qkv + 2 * width * M, stride, mixed_at(p) + h * dk * M);
+  }
+
+  void keep_row(size_t offset, int64_t h, int p) {
+    for (int i = 0; i < lanes; ++i) {
+      R* to = c.at(offset) + ((b[i] * s.H + h) * s.T + p) * s.T;
+      for (int j = 0; j <= p; ++j) to[j] = reinterpret_cast<R*>(weights_row)[j * S + i];
+    }
+  }
+
+  // x <- x + attention(ln1(x)) at the positions needed from here on.
+  template <class Way>
+  void attention_layer(int64_t l, Way way) {
+    const int64_t width = s.dk_padded(), stride = 3 * width * M;
+    const Fold& f = layer(l).qkv;
+    if (!std::is_same<Way, Given>::value)
+      for (int p = first; p < P; ++p) {
+        center(x_at(p), centred_at(p), rstd + p * M);
+        if (store) keep_normalised(centred_at(p), rstd + p * M, layer(l).xhat1, p);
+      }
+    for (int64_t h = 0; h < s.H; ++h) {
+      for (int p = 0; p < first; ++p)
+        load(head_qkv + p * stride + width * M, c.at(layer(l).qkv_out) + (3 * h + 1) * width, f.N,
+             p, 2 * width);
+      for (int p = first; p < P; ++p) head_projection(l, h, p, way);
+      for (int p = first; p < P; ++p)
+        if (needed(l, p)) attend(l, h, p);
+    }
+    const R* bias = c.w(weights(l).out_b);
+    for (int p = first; p < P; ++p) {
+      if (!needed(l, p)) continue;
+      if (store) keep(mixed_at(p), c.at(layer(l).mixed), s.D, p, s.D);
+      V* y = x_at(p);
+      multiply<R, M>(mixed_at(p), s.D, c.at(layer(l).out_pack), s.D * kBlock,
+                     round_up(s.D) / kBlock, nullptr, [&](int64_t n, const V* acc) {
+                       if (n >= s.D) return;
+                       for (int m = 0; m < M; ++m) y[n * M + m] += acc[m] + bias[n];
+                     });
+    }
+  }
+
+  // wide <- relu(ff1(ln2(y))), list <- its nonzero units.
+  void hidden(int64_t l, int p) {
+    const Fold& f = layer(l).ff1;
+    V scale[M];
+    center(x_at(p), centred_at(p), scale);
+    if (store) keep_normalised(centred_at(p), scale, layer(l).xhat2, p);
+    multiply<R, M>(centred_at(p), s.D, c.at(f.pack), s.D * kBlock, f.N / kBlock, nullptr,
+                   [&](int64_t n, const V* acc) {
+                     for (int m = 0; m < M; ++m) wide[n * M + m] = acc[m];
+                   });
+    if (store) keep(wide, c.at(layer(l).ff_raw), f.N, p, f.N);
+    scale_and_shift(c.at(f.bias), scale, f.N);
+    if (store) keep(wide, c.at(layer(l).ff_pre), f.N, p, f.N);
+    rectify();
+  }
+
+  void scale_and_shift(const R* bias, const V* scale, int64_t N) {
+    for (int64_t n = 0; n < N; ++n)
+      for (int m = 0; m < M; ++m) wide[n * M + m] = scale[m] * wide[n * M + m] + bias[n];
+  }
+
+  void rectify() {
+    live = 0;
+    for (int64_t n = 0; n < s.F; ++n) {
+      bool any = false;
+      for (int m = 0; m < M; ++m) {
+        const V v = relu(wide[n * M + m]);
+        wide[n * M + m] = v;
+        any |= any_nonzero(v);
+      }
+      list[live] = static_cast<int32_t>(n);
+      live += any;
+    }
+  }
+
+  int64_t live = 0;
+
+  // x <- y + dropout(ff2(wide)); x holds y.
+  void second(int64_t l, int p) {
+    const R* bias = c.w(weights(l).ff2_b);
+    V* to = x_at(p);
+    if (c.mask) load(narrow, c.mask + l * s.rows() * s.D, s.D, p, s.D);
+    multiply<R, M>(wide, live, c.at(layer(l).ff2_pack), s.F * kBlock, round_up(s.D) / kBlock, list,
+                   [&](int64_t n, const V* acc) {
+                     if (n >= s.D) return;
+                     for (int m = 0; m < M; ++m) {
+                       const V v = acc[m] + bias[n];
+                       if (c.mask) to[n * M + m] += v * narrow[n * M + m];
+                       else to[n * M + m] += v;
+                     }
+                   });
+    if (store) keep(to, c.at(input_of(l + 1)), s.D, p, s.D);
+  }
+
+  // The logits at position p, then their loss.
+  void finish(int p, Plain) {
+    const Fold& f = c.layout->head;
+    V scale[M];
+    center(x_at(p), centred_at(p), scale);
+    if (store) keep_normalised(centred_at(p), scale, c.layout->xhat, p);
+    multiply<R, M>(centred_at(p), s.D, c.at(f.pack), s.D * kBlock, f.N / kBlock, nullptr,
+                   [&](int64_t n, const V* acc) {
+                     for (int m = 0; m < M; ++m) wide[n * M + m] = acc[m];
+                   });
+    if (store) keep(wide, c.at(c.layout->logits_raw), f.N, p, f.N);
+    scale_and_shift(c.at(f.bias), scale, f.N);
+    if (store) keep(wide, c.at(c.layout->logits), f.N, p, f.N);
+    cross_entropy(p);
+  }
+
+  void finish(int p, Rank1) {
+    const Fold& f = c.layout->head;
+    V scale[M];
+    center(x_at(p), centred_at(p), scale);
+    load(wide, c.at(c.layout->logits_raw), f.N, p, f.N);
+    add_column(p, f.N);
+    scale_and_shift(c.at(f.bias), scale, f.N);
+    cross_entropy(p);
+  }
+
+  void finish(int p, Given) {
+    const Fold& f = c.layout->head;
+    load(wide, c.at(c.layout->logits), f.N, p, f.N);
+    add_column(p, f.N);
+    cross_entropy(p);
+  }
+
+  void add_column(int p, int64_t N) {
+    for (int64_t n = 0; n < N; ++n)
+      for (int m = 0; m < M; ++m) wide[n * M + m] += g[p * M + m] * column[n * M + m];
+  }
+
+  // Adds the row's loss minus the incumbent's, as a difference and a ratio whose logarithm is
+  // taken once: log(sum / sum0) over the rows is the logarithm of the product.
+  void cross_entropy(int p) {
+    V top[M], sum[M] = {};
+    for (int m = 0; m < M; ++m) top[m] = wide[m];
+    for (int64_t n = 1; n < s.V; ++n)
+      for (int m = 0; m < M; ++m) {
+        const V v = wide[n * M + m];
+        top[m] = v > top[m] ? v : top[m];
+      }
+    for (int64_t n = 0; n < s.V; ++n)
+      for (int m = 0; m < M; ++m) sum[m] += exp_negative<R>(wide[n * M + m] - top[m]);
+    const R* tops = reinterpret_cast<const R*>(top);
+    const R* sums = reinterpret_cast<const R*>(sum);
+    const R* logits = reinterpret_cast<const R*>(wide);
+    for (int i = 0; i < S; ++i) {
+      const int64_t at = row(i, p);
+      if (!c.batch->supervised[at]) continue;
+      const double shift = double(tops[i]) - double(logits[c.targets[at] * S + i]);
+      if (store) {
+        if (i < lanes) {
+          c.row_shift()[at] = shift;
+          c.row_sum()[at] = sums[i];
+        }
+        continue;
+      }
+      loss[i] += shift - c.row_shift()[at];
+      ratio[i] *= double(sums[i]) / c.row_sum()[at];
+      if (p % 8 == 7) {  // before the product can leave the range of a double
+        loss[i] += std::log(ratio[i]);
+        ratio[i] = 1;
+      }
+    }
+  }
+
+  // The layers from l on, x at their input.
+  void remaining(int64_t l) {
+    for (; l < s.L; ++l) {
+      attention_layer(l, Plain{});
+      for (int p = first; p < P; ++p)
+        if (needed(l, p)) {
+          hidden(l, p);
+          second(l, p);
+        }
+    }
+    for (int p = first; p < P; ++p)
+      if (need[p]) finish(p, Plain{});
+  }
+
+  void start(const Group& group, const Stream* streams) {
+    const int n = static_cast<int>(group.end - group.begin);
+    const int64_t l = group.layer;
+    if (group.entry != Entry::scores) coefficients(streams, n);
+    switch (group.entry) {
+      case Entry::stream: return start_stream(l, streams, n, true);
+      case Entry::stream_plain: return start_stream(l, streams, n, false);
+      case Entry::qkv: return start_qkv(l, streams, n);
+      case Entry::scores: return start_scores(l, group.head, streams, n);
+      case Entry::attention: return start_attention(l, streams, n);
+      case Entry::hidden: return start_hidden(l, streams, n);
+      case Entry::logits: return start_logits(streams, n);
+      default: return;
+    }
+  }
+
+  void coefficients(const Stream* streams, int n) {
+    R* to = reinterpret_cast<R*>(g);
+    for (int i = 0; i < S; ++i) {
+      const Trial<R>& trial = trials[streams[i < n ? i : 0].trial];
+      for (int p = first; p < P; ++p) {
+        const bool counts = p < c.batch->length[b[i]];
+        to[p * S + i] = counts ? coefficient(c, trial, b[i], p) : R(0);
+      }
+    }
+  }
+
+  // Where the residual stream itself changes: before layer l, or before final_norm for l = L.
+  void start_stream(int64_t l, const Stream* streams, int n, bool prepared) {
+    gather(stream_column, streams, n, s.D, [&](const Trial<R>& t, int64_t i) {
+      if (t.at.kind != Kind::ff1_w && t.at.kind != Kind::ff1_b)
+        return R(i == (t.at.kind == Kind::ff2_w || t.at.kind == Kind::ff2_b ? t.at.row : t.at.col));
+      const R* pack = c.at(layer(t.at.layer).ff2_pack);
+      return pack[(i / kBlock * s.F + t.at.row) * kBlock + i % kBlock];
+    });
+    const Fold& f = l < s.L ? layer(l).qkv : c.layout->head;
+    if (prepared) gather(column, streams, n, f.N, [&](const Trial<R>& t, int64_t i) {
+      switch (t.at.kind) {
+        case Kind::ff1_w:
+        case Kind::ff1_b: return c.at(f.product)[t.at.row * f.N + i];
+        case Kind::ff2_w:
+        case Kind::ff2_b: return c.at(f.centred)[t.at.row * f.N + i];
+        default: return c.at(f.centred)[t.at.col * f.N + i];
+      }
+    });
+    for (int p = first; p < P; ++p) {
+      if (l == s.L && !need[p]) continue;
+      V* to = x_at(p);
+      load(to, c.at(input_of(l)), s.D, p, s.D);
+      if (!prepared) load(narrow, c.mask + (l - 1) * s.rows() * s.D, s.D, p, s.D);
+      for (int64_t i = 0; i < s.D; ++i)
+        for (int m = 0; m < M; ++m) {
+          V change = g[p * M + m] * stream_column[i * M + m];
+          if (!prepared) change *= narrow[i * M + m];
+          to[i * M + m] += change;
+        }
+    }
+    if (l == s.L) {
+      for (int p = first; p < P; ++p) {
+        if (!need[p]) continue;
+        if (prepared) finish(p, Rank1{});
+        else finish(p, Plain{});
+      }
+      return;
+    }
+    if (prepared) attention_layer(l, Rank1{});
+    else attention_layer(l, Plain{});
+    feed_forward_and_rest(l);
+  }
+
+  void feed_forward_and_rest(int64_t l) {
+    for (int p = first; p < P; ++p)
+      if (needed(l, p)) {
+        hidden(l, p);
+        second(l, p);
+      }
+    remaining(l + 1);
+  }
+
+  void start_qkv(int64_t l, const Stream* streams, int n) {
+    const R* weight = c.w(weights(l).qkv_w);
+    const int64_t width = s.dk_padded();
+    gather(column, streams, n, layer(l).qkv.N, [&](const Trial<R>& t, int64_t i) {
+      const int64_t part = i / width, k = i % width;
+      return k < s.dk() ? weight[(part * s.dk() + k) * s.D + t.at.row] : R(0);
+    });
+    for (int p = first; p < P; ++p)
+      if (needed(l, p)) load(x_at(p), c.at(layer(l).x), s.D, p, s.D);
+    attention_layer(l, Given{});
+    feed_forward_and_rest(l);
+  }
+
+  // A row of q or k of head h: score[t][j] changes by query[t] * key[j].
+  void score_factors(int64_t l, int64_t h, const Stream* streams, int n) {
+    const LayerSpace& a = layer(l);
+    const R scale = R(1) / std::sqrt(static_cast<R>(s.dk()));
+    const R *gain = c.w(weights(l).ln1_w), *shift = c.w(weights(l).ln1_b);
+    R *query = reinterpret_cast<R*>(g), *key = reinterpret_cast<R*>(g_key);
+    for (int i = 0; i < S; ++i) {
+      const Trial<R>& t = trials[streams[i < n ? i : 0].trial];
+      const bool is_query = t.at.row / s.dk() % 3 == 0, is_bias = t.at.kind == Kind::qkv_b;
+      // A query's change meets the keys, a key's change the queries.
+      const int64_t partner = (3 * h + (is_query ? 1 : 0)) * s.dk_padded() + t.at.row % s.dk();
+      for (int p = 0; p < P; ++p) {
+        const bool counts = p < c.batch->length[b[i]];
+        R input = R(1), other = R(0);
+        if (counts) {
+          other = c.at(a.qkv_out)[row(i, p) * a.qkv.N + partner];
+          if (!is_bias) input = c.at(a.xhat1)[row(i, p) * s.D + t.at.col] * gain[t.at.col] +
+                                shift[t.at.col];
+        }
+        query[p * S + i] = t.delta * scale * (is_query ? input : other);
+        key[p * S + i] = is_query ? other : input;
+      }
+    }
+  }
+
+  void load_row(V* to, size_t offset, int64_t h, int p) const {
+    for (int i = 0; i < S; ++i) {
+      const R* from = c.at(offset) + ((b[i] * s.H + h) * s.T + p) * s.T;
+      for (int j = 0; j <= p; ++j) reinterpret_cast<R*>(to)[j * S + i] = from[j];
+    }
+  }
+
+  void start_scores(int64_t l, int64_t h, const Stream* streams, int n) {
+    const LayerSpace& a = layer(l);
+    const int64_t dk = s.dk(), width = s.dk_padded();
+    score_factors(l, h, streams, n);
+    for (int p = 0; p < P; ++p)
+      load(head_qkv + p * width * M, c.at(a.qkv_out) + (3 * h + 2) * width, a.qkv.N, p, width);
+    for (int p = first; p < P; ++p) {
+      if (!needed(l, p)) continue;
+      load_row(weights_row, a.scores, h, p);
+      for (int j = 0; j <= p; ++j)
+        for (int m = 0; m < M; ++m) weights_row[j * M + m] += g[p * M + m] * g_key[j * M + m];
+      softmax(p);
+      V* change = mixed_at(p);
+      mix(p, head_qkv, width * M, change);
+      load(narrow, c.at(a.mixed) + h * dk, s.D, p, dk);
+      for (int64_t f = 0; f < dk * M; ++f) change[f] -= narrow[f];
+      V* y = x_at(p);
+      load(y, c.at(a.y), s.D, p, s.D);
+      multiply<R, M>(change, dk, c.at(a.out_pack) + h * dk * kBlock, s.D * kBlock,
+                     round_up(s.D) / kBlock, nullptr, [&](int64_t i, const V* acc) {
+                       if (i >= s.D) return;
+                       for (int m = 0; m < M; ++m) y[i * M + m] += acc[m];
+                     });
+      V scale[M];
+      center(y, centred_at(p), scale);
+      load(wide, c.at(a.ff_raw), a.ff1.N, p, a.ff1.N);
+      const R* bias = c.at(a.ff1.bias);
+      multiply<R, M>(change, dk, c.at(a.ff1.product) + h * dk * kBlock, s.D * kBlock,
+                     a.ff1.N / kBlock, nullptr, [&](int64_t i, const V* acc) {
+                       for (int m = 0; m < M; ++m) wide[i * M + m] += acc[m];
+                     });
+      scale_and_shift(bias, scale, a.ff1.N);
+      rectify();
+      second(l, p);
+    }
+    remaining(l + 1);
+  }
+
+  // A value row or `out`: y changes by g[t] times one column.
+  void start_attention(int64_t l, const Stream* streams, int n) {
+    const LayerSpace& a = layer(l);
+    auto source = [&](const Trial<R>& t) {  // which input of `out` the changed value row feeds
+      return t.at.row / (3 * s.dk()) * s.dk() + t.at.row % s.dk();
+    };
+    auto packed = [&](size_t pack, int64_t i, int64_t k) {
+      return c.at(pack)[(i / kBlock * s.D + k) * kBlock + i % kBlock];
+    };
+    auto is_out = [](const Trial<R>& t) {
+      return t.at.kind == Kind::out_w || t.at.kind == Kind::out_b;
+    };
+    gather(stream_column, streams, n, s.D, [&](const Trial<R>& t, int64_t i) {
+      return is_out(t) ? R(i == t.at.row) : packed(a.out_pack, i, source(t));
+    });
+    gather(column, streams, n, a.ff1.N, [&](const Trial<R>& t, int64_t i) {
+      return is_out(t) ? c.at(a.ff1.centred)[t.at.row * a.ff1.N + i]
+                       : packed(a.ff1.product, i, source(t));
+    });
+    for (int p = first; p < P; ++p) {
+      if (!needed(l, p)) continue;
+      V* y = x_at(p);
+      load(y, c.at(a.y), s.D, p, s.D);
+      for (int64_t i = 0; i < s.D; ++i)
+        for (int m = 0; m < M; ++m) y[i * M + m] += g[p * M + m] * stream_column[i * M + m];
+      V scale[M];
+      center(y, centred_at(p), scale);
+      load(wide, c.at(a.ff_raw), a.ff1.N, p, a.ff1.N);
+      add_column(p, a.ff1.N);
+      scale_and_shift(c.at(a.ff1.bias), scale, a.ff1.N);
+      rectify();
+      second(l, p);
+    }
+    remaining(l + 1);
+  }
+
+  void start_hidden(int64_t l, const Stream* streams, int n) {
+    const LayerSpace& a = layer(l);
+    const R* weight = c.w(weights(l).ff1_w);
+    gather(column, streams, n, a.ff1.N, [&](const Trial<R>& t, int64_t i) {
+      return i < s.F ? weight[i * s.D + t.at.row] : R(0);
+    });
+    for (int p = first; p < P; ++p) {
+      if (!needed(l, p)) continue;
+      load(x_at(p), c.at(a.y), s.D, p, s.D);
+      load(wide, c.at(a.ff_pre), a.ff1.N, p, a.ff1.N);
+      add_column(p, a.ff1.N);
+      rectify();
+      second(l, p);
+    }
+    remaining(l + 1);
+  }
+
+  void start_logits(const Stream* streams, int n) {
+    const R* weight = c.w(c.map->head_w);
+    gather(column, streams, n, c.layout->head.N, [&](const Trial<R>& t, int64_t i) {
+      return i < s.V ? weight[i * s.D + t.at.row] : R(0);
+    });
+    for (int p = first; p < P; ++p)
+      if (need[p]) finish(p, Given{});
+  }
+};

@@ -1,0 +1,223 @@
+"""A decoder-only transformer's loss on the CPU, from trial point to loss in one C++ call."""
+
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from psfast import ops
+from psfast.flat import trainable
+from psfast.models import Block, CausalSelfAttention, DecoderOnlyTransformer, MaskedCrossEntropy
+from psfast.objectives.base import Objective, check_block
+
+
+class FusedObjective(Objective):
+    """``MaskedCrossEntropy(model(inputs), targets)``, whole blocks of trial points at a time.
+
+    model: a ``DecoderOnlyTransformer`` in float32 or float64 on the CPU
+    criterion: a ``MaskedCrossEntropy``
+    inputs, targets: (B, T) integers
+    params: those that ``index`` counts through, in order; default: all trainable ones
+    seed: of the dropout mask, the one that a forward pass under this seed would draw
+
+    A trial point that cannot change the loss has the incumbent's, bitwise; any other's has the
+    same bits whatever its block, its place there and the number of threads.
+
+    Raises ValueError with the reason where it cannot serve.
+    """
+
+    backend = "fused"
+
+    def __init__(self, model, criterion, inputs, targets, *, params=None, seed: int = 0):
+        reason = _why_not(model, criterion)
+        if reason:
+            raise ValueError(reason)
+        params = trainable(model.parameters()) if params is None else list(params)
+        self._all = list(model.parameters())
+        known = {p: start for p, start in zip(self._all, _starts(self._all), strict=False)}
+        foreign = sum(p not in known for p in params)
+        if foreign:
+            raise ValueError(f"params must be the model's own, got {foreign} others")
+        super().__init__(params)
+        self.model, self.criterion, self.seed = model, criterion, seed
+        self._frozen = [p for p in self._all if p not in set(self.params)]
+        # The ops count through all parameters; None where `index` does so too.
+        self._shift = None
+        if len(self._all) != len(self.params) or any(map(_differ, self._all, self.params)):
+            starts = torch.tensor([known[p] for p in self.params])
+            self._bounds = torch.tensor(self.flat.offsets[1:])
+            self._shift = starts - torch.tensor(self.flat.offsets[:-1])
+        self._plan = self._other_plan = None
+        self.set_batch(inputs, targets)
+
+    def __call__(self) -> Tensor:
+        self._follow()
+        return self._loss.clone()
+
+    def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
+        check_block(index, delta, self.flat.size)
+        self._follow()
+        return ops.fused_losses(self._weights, self._plan, *self._for_ops(index, delta))
+
+    def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
+        check_block(index, delta, self.flat.size)
+        self._follow()
+        index, delta = self._for_ops(index, delta)
+        if self._other_plan is None:
+            self._other_plan = self._plan._replace(workspace=self._plan.workspace.clone())
+        else:
+            self._other_plan.workspace.copy_(self._plan.workspace)
+        weights = self._weights.clone()
+        weights[index] += delta
+        return ops.fused_refresh(weights, self._other_plan, index)
+
+    def accept(self, index: Tensor, delta: Tensor) -> None:
+        check_block(index, delta, self.flat.size)
+        self._follow()
+        inner, moved = self._for_ops(index, delta)
+        self.flat.add(index, delta)
+        if self._shift is not None:
+            self._weights[inner] += moved
+        self._loss = ops.fused_refresh(self._weights, self._plan, inner)
+
+    def set_batch(self, inputs: Tensor, targets: Tensor, *, seed: int | None = None) -> None:
+        self.seed = self.seed if seed is None else seed
+        _check_batch(self.model, self.criterion, inputs, targets)
+        inputs, targets = inputs.long().contiguous(), targets.long().contiguous()
+        sizes = _sizes(self.model, self.criterion)
+        mask = _dropout_masks(self.model, inputs.shape, self.seed)
+        old = self._plan
+        if old is None or old.sizes != sizes or old.tokens.shape != inputs.shape:
+            eps = self.model.final_norm.eps
+            self._plan = ops.fused_plan(sizes, eps, inputs, targets, mask, self.flat.buffer)
+        else:
+            self._plan = old._replace(tokens=inputs, targets=targets, mask=mask)
+        self._other_plan = None
+        self.flat.changed()
+        self._refresh()
+
+    def _for_ops(self, index: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.flat.size:
+            raise IndexError(
+                f"index must lie in [0, {self.flat.size}), "
+                f"got values from {int(index.min())} to {int(index.max())}"
+            )
+        if self._shift is not None:
+            index = index + self._shift[torch.bucketize(index, self._bounds, right=True)]
+        return index.contiguous(), delta.to(self.flat.buffer.dtype).contiguous()
+
+    def _follow(self) -> None:
+        if self.flat.changed() or (self._frozen and self._frozen_stamp != self._stamp_frozen()):
+            self._refresh()
+
+    def _refresh(self) -> None:
+        self._frozen_stamp = self._stamp_frozen()
+        if self._shift is None:
+            self._weights = self.flat.buffer
+        else:
+            self._weights = torch.cat([p.detach().reshape(-1) for p in self._all])
+        self._loss = ops.fused_refresh(self._weights, self._plan)
+
+    def _stamp_frozen(self) -> list[tuple[int, int]]:
+        return [(p._version, p.data_ptr()) for p in self._frozen]
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return a is not b
+
+
+def _starts(params: list[Tensor]) -> list[int]:
+    return [0, *accumulate(p.numel() for p in params)]
+
+
+def _sizes(model: DecoderOnlyTransformer, criterion: MaskedCrossEntropy) -> ops.FusedSizes:
+    block = model.blocks[0]
+    return ops.FusedSizes(
+        vocab_size=model.head.out_features,
+        d_model=model.head.in_features,
+        n_layers=len(model.blocks),
+        n_heads=block.attention.n_heads,
+        d_ff=block.ff[0].out_features,
+        max_len=model.max_len,
+        ignore_index=criterion.ignore_index,
+    )
+
+
+def _why_not(model, criterion) -> str | None:
+    if type(model) is not DecoderOnlyTransformer:
+        return f"the model must be a DecoderOnlyTransformer, got {type(model).__name__}"
+    if type(criterion) is not MaskedCrossEntropy:
+        return f"the criterion must be a MaskedCrossEntropy, got {type(criterion).__name__}"
+    kinds = {(p.dtype, p.device) for p in model.parameters()}
+    if len(kinds) > 1:
+        names = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        return f"the model must have one dtype and one device, got {names}"
+    modules = (Block, CausalSelfAttention, nn.Embedding, nn.LayerNorm, nn.Linear, nn.Dropout)
+    containers = (DecoderOnlyTransformer, nn.ModuleList, nn.Sequential, nn.ReLU)
+    for name, module in [*model.named_modules(), ("criterion", criterion)]:
+        if type(module) not in (*modules, *containers, MaskedCrossEntropy):
+            return f"the model must be as built, got {type(module).__name__} at {name!r}"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"a hook or another forward is on {name!r}"
+    if _shapes(model) != _shapes(_twin(model)):
+        return "the model must be as built: no tied, replaced, missing or further parameters"
+    if len({m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)}) > 1:
+        return "all LayerNorms must have the same eps"
+    return ops.why_not_fused(*next((p.device, p.dtype) for p in model.parameters()))
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in model.named_parameters()}
+
+
+def _twin(model: DecoderOnlyTransformer) -> DecoderOnlyTransformer:
+    block = model.blocks[0]
+    with torch.device("meta"):
+        return DecoderOnlyTransformer(
+            vocab_size=model.head.out_features,
+            d_model=model.head.in_features,
+            n_layers=len(model.blocks),
+            n_heads=block.attention.n_heads,
+            d_ff=block.ff[0].out_features,
+            max_len=model.max_len,
+        )
+
+
+def _check_batch(model, criterion, inputs, targets) -> None:
+    for name, value in (("inputs", inputs), ("targets", targets)):
+        if not isinstance(value, Tensor) or value.ndim != 2 or value.is_floating_point():
+            raise ValueError(f"{name} must be an integer tensor of shape (B, T)")
+        if value.device.type != "cpu":
+            raise ValueError(f"{name} must be on the CPU, got {value.device}")
+    if inputs.shape != targets.shape:
+        raise ValueError(
+            "inputs and targets must have the same shape, "
+            f"got {tuple(inputs.shape)} and {tuple(targets.shape)}"
+        )
+    if not inputs.numel() or inputs.shape[1] > model.max_len:
+        raise ValueError(
+            f"inputs must have B >= 1 and 1 <= T <= max_len = {model.max_len}, "
+            f"got {tuple(inputs.shape)}"
+        )
+    scored = targets[targets != criterion.ignore_index]
+    for name, value, limit in (
+        ("inputs", inputs, model.vocab_size),
+        ("targets", scored, model.head.out_features),
+    ):
+        if value.numel() and (value.min() < 0 or value.max() >= limit):
+            raise ValueError(
+                f"{name} must lie in [0, {limit}), "
+                f"got values from {value.min().item()} to {value.max().item()}"
+            )
+
+
+def _dropout_masks(model, shape: torch.Size, seed: int) -> Tensor | None:
+    """(n_layers, B, T, d_model): what dropout multiplies by, as a forward pass under ``seed``."""
+    drops = [block.ff[3] for block in model.blocks]
+    if not any(drop.training and drop.p for drop in drops):
+        return None
+    ones = torch.ones(*shape, model.head.in_features, dtype=model.head.weight.dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return torch.stack([F.dropout(ones, drop.p, drop.training) for drop in drops])
