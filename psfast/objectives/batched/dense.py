@@ -7,13 +7,11 @@ op itself does it; ``torch.vmap`` of the op does the rest.
 What the rules take care of: a trial point's bits depend neither on K nor on its place.
 """
 
-import operator
-
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from psfast.objectives.batched.trace import Node, Ref
+from psfast.objectives.batched.trace import Node
 from psfast.objectives.batched.values import Batch
 
 aten = torch.ops.aten
@@ -40,6 +38,33 @@ def run(node: Node, args: list, kwargs: dict, K: int):
     return _vmap(node, args, kwargs)
 
 
+IN_PLACE = {
+    aten.relu.default: torch.relu_,
+    aten.tanh.default: torch.tanh_,
+    aten.neg.default: torch.neg_,
+    aten.exp.default: torch.exp_,
+    aten.add.Tensor: Tensor.add_,
+    aten.mul.Tensor: Tensor.mul_,
+    aten.sub.Tensor: Tensor.sub_,
+    aten.div.Tensor: Tensor.div_,
+}
+_EITHER_FIRST = {aten.add.Tensor, aten.mul.Tensor}
+
+
+def overwrite(node: Node, args: list, spare: int) -> Tensor | None:
+    """The result written over the stacked argument at ``spare``; None where that cannot be."""
+    function = IN_PLACE.get(node.op)
+    if function is None or len(args) > 2 or (spare and node.op not in _EITHER_FIRST):
+        return None
+    target = args[spare]
+    if not isinstance(target, Batch) or target.tensor.shape[1:] != node.value.shape:
+        return None
+    if not target.tensor.is_contiguous() or target.tensor.dtype != node.value.dtype:
+        return None
+    others = [align(a, node.value.ndim) for place, a in enumerate(args) if place != spare]
+    return function(target.tensor, *others)
+
+
 def _vmap(node: Node, args: list, kwargs: dict):
     leaves, spec = pytree.tree_flatten((args, kwargs))
     stacked = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Batch)]
@@ -52,10 +77,6 @@ def _vmap(node: Node, args: list, kwargs: dict):
         return node.op(*inner_args, **inner_kwargs)
 
     return torch.vmap(one)(*(leaves[i].tensor for i in stacked))
-
-
-def _value(x):
-    return x.tensor if isinstance(x, Batch) else x
 
 
 def stack(x, K: int) -> Tensor:
@@ -79,7 +100,7 @@ def _pointwise(node: Node, K: int, *args, **kwargs):
     ndim = node.value.ndim
     if any(isinstance(a, (list, tuple)) for a in args):
         return NotImplemented
-    function = STEADY.get(node.op, node.op) if node.value.device.type == "cpu" else node.op
+    function = node.op if _has_no_tail(node.value) else STEADY.get(node.op, node.op)
     kwargs = {name: align(a, ndim) for name, a in kwargs.items()}
     return function(*(align(a, ndim) for a in args), **kwargs)
 
@@ -103,6 +124,16 @@ def _elu(x: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) 
     negative = (x * input_scale).expm1_().mul_(alpha * scale)
     return torch.where(x > 0, x * scale, negative)
 
+
+def _has_no_tail(value: Tensor) -> bool:
+    """Whether stacked values divide evenly into vectors, on every thread."""
+    if value.device.type != "cpu":
+        return True
+    threads = torch.get_num_threads()
+    return value.ndim > 0 and value.shape[-1] % _VECTORS == 0 and not threads & (threads - 1)
+
+
+_VECTORS = 64  # elements; a multiple of what any CPU kernel takes at a time
 
 # On CPU these kernels compute the last few elements by other code than the rest, so the same
 # number gives other bits in another place (measured: torch 2.13, AVX-512). Composed of ops that
@@ -193,11 +224,6 @@ def _ends_with_dim(node: Node, args: tuple) -> bool:
     return len(args) == (1 if node.op is aten.unbind.int else 2)
 
 
-@rule(operator.getitem)
-def _getitem(node, K, x, index):
-    raise AssertionError("getitem is read by the evaluator")
-
-
 @rule(aten.cat.default)
 def _cat(node, K, tensors, dim=0):
     return torch.cat([stack(t, K) for t in tensors], shift(dim))
@@ -209,10 +235,6 @@ def _stack(node, K, tensors, dim=0):
 
 
 # --- products -------------------------------------------------------------------------------
-
-
-def _is_weight(node: Node, place: int, nodes_weight: tuple) -> bool:
-    return nodes_weight[place]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -371,7 +393,3 @@ def _nll_loss(node, K, x, target, weight, reduction, ignore_index):
 
 def _count(memo: dict, like: Tensor) -> Tensor:
     return torch.full((), memo["total"], dtype=like.dtype, device=like.device)
-
-
-def reads(node: Node) -> list[int]:
-    return [int(a) for a in node.args if isinstance(a, Ref)]

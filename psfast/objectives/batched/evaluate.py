@@ -22,6 +22,7 @@ class Plan:
     light: the first of them, whose values stay sparse; None until they have been found
     heavy: the others
     needed: the numbers of the sparse values that the heavy ones read
+    spare: number of a node -> the place of an argument that it may overwrite
     sizes: chunk size -> whether its bits are those of every other size
     """
 
@@ -32,6 +33,7 @@ class Plan:
         self.heavy: list[Node] = []
         self.needed: list[int] = []
         self.last_use: dict[int, list[int]] = {}
+        self.spare: dict[int, int] = {}
         self.sizes: dict[int, bool] = {}
 
     def split(self, light: list[Node], start: int) -> None:
@@ -43,6 +45,27 @@ class Plan:
         last = {i: n.number for n in self.heavy for i in n.inputs}
         for i, user in last.items():
             self.last_use.setdefault(user, []).append(i)
+        self._find_spare(last)
+
+    def _find_spare(self, last: dict[int, int]) -> None:
+        """Note the arguments that a node may write its result over.
+
+        That is one that nobody reads later, in memory that no value read later shares.
+        """
+        origin: dict[int, int] = {}  # the node that allocated the memory of each value
+        until: dict[int, list[int]] = {}
+        for node in self.heavy:
+            n = node.number
+            is_view = node.is_view and node.inputs[0] in origin
+            origin[n] = origin[node.inputs[0]] if is_view else n
+            until.setdefault(origin[n], []).append(n)
+        for node in self.heavy:
+            for place, a in enumerate(node.args):
+                if not isinstance(a, Ref) or a not in origin:
+                    continue
+                sharing = [last.get(n, n) for n in until[origin[a]] if n != a]
+                if last[a] == node.number and all(user < node.number for user in sharing):
+                    self.spare.setdefault(node.number, place)
 
     def footprint(self, nodes: list[Node]) -> tuple[int, int]:
         """Bytes a trial point: (at most alive at once, largest value) of stacked values."""
@@ -173,29 +196,33 @@ class Evaluator:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if any(isinstance(leaf, Batch) for leaf in leaves):
             return args, kwargs
+        names = pytree.tree_leaves((node.args, node.kwargs))
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        weights = {id(self.graph.nodes[i].value) for i in node.inputs if self.graph.nodes[i].weight}
-        data = [i for i in tensors if id(leaves[i]) not in weights]
+        data = [i for i in tensors if not self.graph.nodes[names[i]].weight]
         for i in data or tensors:
             leaves[i] = Batch(leaves[i].expand(COPIES, *leaves[i].shape))
         return pytree.tree_unflatten(leaves, spec)
 
-    def _arguments(self, node: Node, *changed: dict):
-        """args and kwargs of the op: the last dict's value of each input, else the incumbent's."""
+    def _arguments(self, node: Node, changed: dict, stacked: dict | None = None):
+        """args and kwargs of the op: the changed value of each input, else the incumbent's."""
         nodes = self.graph.nodes
 
         def value(a):
             if isinstance(a, Ref):
-                for values in reversed(changed):
-                    if (got := values.get(a)) is not None:
-                        return got
-                return nodes[a].value
+                got = None if stacked is None else stacked.get(a)
+                got = changed.get(a) if got is None else got
+                return nodes[a].value if got is None else got
             if isinstance(a, (list, tuple)):
                 return [value(x) for x in a]
             return a
 
-        kwargs = {k: value(v) for k, v in node.kwargs.items()} if node.kwargs else node.kwargs
-        return [value(a) for a in node.args], kwargs
+        if node.places is None:
+            kwargs = {k: value(v) for k, v in node.kwargs.items()}
+            return [value(a) for a in node.args], kwargs
+        args = list(node.args)
+        for place in node.places:
+            args[place] = value(args[place])
+        return args, node.kwargs
 
     # --- trial points ------------------------------------------------------------------------
 
@@ -241,9 +268,10 @@ class Evaluator:
         env = dict(env)
         same = True
         for node in plan.heavy:
-            env[node.number] = self._heavy(node, env, K)
+            out = self._heavy(node, env, K, plan.spare.get(node.number))
             if check:
-                same = same and _has_bits(env[node.number], node.value)
+                same = same and _has_bits(out, node.value)
+            env[node.number] = out
             for i in plan.last_use.get(node.number, ()):
                 env.pop(i, None)
         if check:
@@ -251,24 +279,37 @@ class Evaluator:
         loss = env.get(self.graph.loss)
         return loss.dense() if loss is not None else self.loss.expand(K)
 
-    def _heavy(self, node: Node, env: dict, K: int):
+    def _heavy(self, node: Node, env: dict, K: int, spare: int | None):
+        """spare: the place of an argument that nobody reads any more."""
         if node.op is operator.getitem:
             source, index = node.args
             out = env.get(source)
             if out is None or out[index] is None:
                 return None
             return out[index] if isinstance(out[index], Column) else Batch(out[index])
-        if all(env.get(i) is None for i in node.inputs):
-            return None
         args, kwargs = self._arguments(node, env)
         rule = sparse.HEAVY.get(node.op)
         if rule is not None:
             out = rule(node, K, *args, **kwargs)
             if out is not NotImplemented:
                 return Batch(out)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        leaves = [_stacked(a) for a in leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        is_changed = False
+        for place, a in enumerate(args):
+            if isinstance(a, (Column, OneHot)):
+                name = node.args[place]
+                args[place] = env[name] = Batch(a.dense())  # for its other readers too
+            elif isinstance(a, list):
+                args[place] = [_stacked(x) for x in a]
+            if isinstance(args[place], Batch):
+                is_changed = True
+        if not is_changed and all(env.get(i) is None for i in node.inputs):
+            return None
+        if node.kwargs:
+            kwargs = {name: _stacked(a) for name, a in kwargs.items()}
+        if spare is not None:
+            out = dense.overwrite(node, args, spare)
+            if out is not None:
+                return Batch(out)
         out = dense.run(node, args, kwargs, K)
         return out if isinstance(out, (tuple, list)) else Batch(out)
 

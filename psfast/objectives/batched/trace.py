@@ -43,6 +43,8 @@ class Node:
 
     args, kwargs: as the op takes them, a ``Ref`` in the place of another node's value
     inputs: the numbers of the nodes it reads
+    places: which args are a ``Ref``; None if one lies deeper
+    is_view: whether the value may share memory with the first input's
     depends: the numbers (in ``Graph.params``) of the trained tensors its value depends on
     weight: made of parameters and buffers alone, so it has no batch dimension
     value: the incumbent's value, a tensor or a tuple of them; None until it is computed
@@ -51,7 +53,8 @@ class Node:
     """
 
     __slots__ = (
-        "args", "depends", "inputs", "kwargs", "memo", "number", "op", "shapes", "value", "weight",
+        "args", "depends", "inputs", "is_view", "kwargs", "memo", "number", "op", "places",
+        "shapes", "value", "weight",
     )  # fmt: skip
 
     def __init__(self, number: int, op, args: tuple = (), kwargs: dict | None = None):
@@ -61,6 +64,11 @@ class Node:
         self.kwargs = kwargs or {}
         leaves = pytree.tree_leaves((args, self.kwargs))
         self.inputs = list(dict.fromkeys(int(a) for a in leaves if isinstance(a, Ref)))
+        nested = any(isinstance(a, (list, tuple)) and _holds_ref(a) for a in args)
+        simple = not nested and not _holds_ref(tuple(self.kwargs.values()))
+        refs = [place for place, a in enumerate(args) if isinstance(a, Ref)]
+        self.places: list[int] | None = refs if simple else None
+        self.is_view = _is_view(op)
         self.depends: frozenset[int] = frozenset()
         self.weight = False
         self.value = None
@@ -69,6 +77,23 @@ class Node:
 
     def __repr__(self) -> str:
         return f"Node({self.number}, {self.op}, {self.args}, {self.kwargs})"
+
+
+def _holds_ref(value) -> bool:
+    return any(isinstance(leaf, Ref) for leaf in pytree.tree_leaves(value))
+
+
+# The result may share memory with the first argument, though the schema does not say so.
+_MAYBE_VIEWS = {
+    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.clone.default,
+    aten.contiguous.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default,
+}  # fmt: skip
+
+
+def _is_view(op) -> bool:
+    if op is None or op is operator.getitem or op in _MAYBE_VIEWS:
+        return op is not None
+    return any(r.alias_info is not None for r in op._schema.returns)
 
 
 class Graph:
@@ -200,12 +225,38 @@ def trace(model: nn.Module, criterion: Callable, inputs, targets, device) -> Gra
             flat = pytree.tree_leaves(example())
             functional = functionalize(first, remove="mutations")
             traced = make_fx(functional)(*flat)
+            _fold_expanded_products(traced.graph)
     except Exception as error:  # whatever a user's forward raises, tracing is not for it
         reason = str(error).strip().splitlines()
         raise ValueError(
             f"the model cannot be traced: {type(error).__name__}: {reason[0] if reason else ''}"
         ) from error
     return _read(traced, list(params.values()) + list(buffers.values()), len(places))
+
+
+def _fold_expanded_products(graph: torch.fx.Graph) -> None:
+    """A product of every item of a batch with one and the same matrix, as one product.
+
+    Recurrent layers (on a transposed batch) expand their weight instead; a change of one
+    element would then be a change in every copy.
+    """
+    keep = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+    for bmm in graph.find_nodes(op="call_function", target=aten.bmm.default):
+        items, source = bmm.args
+        while source.target in keep and _shape(source) == _shape(source.args[0]):
+            source = source.args[0]
+        if source.target is not aten.expand.default or len(_shape(source.args[0])) != 2:
+            continue
+        weight, (n, rows, inner) = source.args[0], _shape(items)
+        with graph.inserting_before(bmm):
+            flat = graph.call_function(aten.reshape.default, (items, [n * rows, inner]))
+            product = graph.call_function(aten.mm.default, (flat, weight))
+            out = graph.call_function(aten.view.default, (product, [n, rows, _shape(weight)[1]]))
+        bmm.replace_all_uses_with(out)
+
+
+def _shape(node: torch.fx.Node) -> list[int]:
+    return list(node.meta["tensor_meta"].shape) if "tensor_meta" in node.meta else []
 
 
 def _read(traced: torch.fx.GraphModule, state: list[Tensor], n_data: int) -> Graph:
