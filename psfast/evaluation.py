@@ -1,6 +1,7 @@
 """Loss, perplexity and accuracy over the supervised positions, and the batches they come in."""
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from psfast.flat import trainable
 from psfast.objectives import objective
 from psfast.objectives.base import Objective
 
@@ -127,7 +129,7 @@ def seeded(seed: int, device: torch.device):
 class BatchObjectives:
     """One objective taken on from batch to batch, so that its traces and work space are kept.
 
-    params: the parameters that are searched, the optimizer's trainable ones
+    optimizer: its trainable parameters are the ones that are searched
     backend: see ``psfast.objective``
     """
 
@@ -135,11 +137,11 @@ class BatchObjectives:
         self,
         model: nn.Module,
         criterion: nn.Module,
-        params: list[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
         backend: str = "auto",
     ):
-        self.model, self.criterion, self.params = model, criterion, params
-        self.backend = backend
+        self.model, self.criterion = model, criterion
+        self.optimizer, self.backend = optimizer, backend
         self.objective: Objective | None = None
         self._place: _Place | None = None
 
@@ -153,6 +155,9 @@ class BatchObjectives:
         supervised_positions(self.criterion, targets)
         if not self._has_dropout():
             seed = 0
+        params = trainable(p for group in self.optimizer.param_groups for p in group["params"])
+        if self.objective is not None and not _same(params, self.objective.params):
+            self.objective = self._place = None  # some were frozen or added since
         if self._place is not None and self._place.is_at(inputs, targets, seed):
             return self.objective
         self._place = None  # until this batch is in place
@@ -162,7 +167,7 @@ class BatchObjectives:
                 self.criterion,
                 inputs,
                 targets,
-                params=self.params,
+                params=params,
                 backend=self.backend,
                 seed=seed,
             )
@@ -183,6 +188,10 @@ class BatchObjectives:
             isinstance(module, nn.modules.dropout._DropoutNd) and module.p and module.training
             for module in self.model.modules()
         )
+
+
+def _same(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 class _Place(NamedTuple):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
 import torch
@@ -34,12 +35,23 @@ from psfast.evaluation import (
     supervised_positions,
     unpack,
 )
-from psfast.flat import trainable
 from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
 from psfast.objectives.base import Objective
 from psfast.optimizer import PatternSearch
 from psfast.reference import ReferencePatternSearch
 from psfast.search import derive_seed
+
+
+class BatchReport(NamedTuple):
+    """What the search did on one training batch; None is what the reference does not tell.
+
+    evaluations: trial points; accepted: changes; loss_before: the incumbent's loss at first
+    """
+
+    evaluations: int
+    accepted: int | None
+    loss_before: float | None
+    evaluations_per_second: float
 
 
 class PatternSearchMixin:
@@ -56,8 +68,8 @@ class PatternSearchMixin:
     statistics. A module whose loss is ``criterion(model(inputs), targets)`` says so in
     ``search_parts`` and gets the fast backends of ``psfast.objective``.
 
-    Logged each step: ``radius``, ``evaluations`` (in all), ``accepted`` (changes in this step),
-    ``evaluations_per_second``.
+    Logged each batch: ``radius``, ``evaluations`` (in all), ``accepted`` (changes on this
+    batch), ``evaluations_per_second``.
 
     With manual optimization call ``self.search_step(closure)`` in ``training_step``.
 
@@ -71,6 +83,7 @@ class PatternSearchMixin:
 
     evaluations_per_batch: int | None = None
     backend = "auto"
+    last_search: BatchReport | None = None
     _in_trial = False
     _objectives: BatchObjectives | None = None
 
@@ -84,19 +97,25 @@ class PatternSearchMixin:
     def search_step(self, closure: Callable | Objective, optimizer=None) -> Tensor:
         """One step of the search in manual optimization; counts in ``global_step``.
 
-        closure: returns the loss; or a ``psfast.objective``
+        closure: returns the loss; it runs once more on the accepted state, and only then
+            ``self.log`` and BatchNorm take notice. Or a ``psfast.objective``.
         optimizer: default: ``self.optimizers()``
 
-        Returns the incumbent's loss; ``self.log`` does nothing inside the closure.
+        Returns the incumbent's loss.
         """
         wrapped = self.optimizers() if optimizer is None else optimizer
+        search = wrapped.optimizer
         _refuse_what_cannot_work(self.trainer)
+        seed = _mask_seed(search)
         # As LightningOptimizer.step does; it would hide an Objective in a closure.
         wrapped._on_before_step()
         with self._trials():
-            loss = wrapped.optimizer.step(closure)
+            loss = self._search(search, closure, steps=1)
         wrapped._on_after_step()
-        self._log_search(wrapped.optimizer)
+        if not isinstance(closure, Objective):
+            with torch.no_grad(), seeded(seed, self.device), _without_backward():
+                closure()
+        self._log_search(search)
         return loss
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
@@ -104,17 +123,20 @@ class PatternSearchMixin:
         if not _is_search(search):
             return super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         _refuse_what_cannot_work(self.trainer)
-        training_step = self.training_step
+        training_step, own = self.training_step, self.__dict__.get("training_step")
 
         @torch.no_grad()
         def search_then_log(*args, **kwargs):
             batch = args[0] if args else next(iter(kwargs.values()))
             seed = _mask_seed(search)
             with self._trials():
-                seen = self._search(search, batch, partial(training_step, *args, **kwargs), seed)
+                objective = self._objective(search, batch, seed)
+                if objective is None:
+                    objective = _loss_of(partial(training_step, *args, **kwargs))
+                self._search(search, objective)
             with seeded(seed, self.device):  # the mask of the search, so that the losses agree
                 output = training_step(*args, **kwargs)
-            self._log_search(search, *seen)
+            self._log_search(search)
             return output
 
         # Lightning's closure runs self.training_step in its precision and profiling contexts:
@@ -124,6 +146,8 @@ class PatternSearchMixin:
             optimizer_closure()
         finally:
             del self.training_step
+            if own is not None:  # a compiled one
+                self.training_step = own
 
     def backward(self, loss: Tensor, *args, **kwargs) -> None:
         if not self.automatic_optimization or not _is_search(self.trainer.optimizers[0]):
@@ -135,21 +159,26 @@ class PatternSearchMixin:
         if not self._in_trial:
             super().log(*args, **kwargs)
 
-    def _search(self, search, batch, training_step, seed) -> tuple[int, float]:
-        """One batch's search steps. Returns (trial points, seconds)."""
-        objective = self._objective(search, batch, seed)
-        if objective is None:
-
-            def objective():
-                output = training_step()
-                return output["loss"] if isinstance(output, dict) else output
-
-        started, before = time.perf_counter(), search.evaluations
+    def _search(self, search, objective, steps: int | None = None) -> Tensor:
+        """One batch's search steps; ``self.last_search`` tells what they did."""
+        reports, start, started = [], search.evaluations, time.perf_counter()
         while True:
-            search.step(objective)
-            decided = search.evaluations - before
-            if decided >= (self.evaluations_per_batch or 0) or getattr(search, "converged", False):
-                return decided, time.perf_counter() - started
+            before = search.evaluations
+            loss = search.step(objective)
+            reports.append(getattr(search, "last_poll", None))
+            decided = search.evaluations - start
+            enough = decided >= (self.evaluations_per_batch or 0) or len(reports) == steps
+            if enough or search.evaluations == before:  # converged
+                break
+        seconds = max(time.perf_counter() - started, 1e-9)
+        known = reports[0] is not None  # the reference reports nothing
+        self.last_search = BatchReport(
+            evaluations=decided,
+            accepted=sum(len(report.accepted) for report in reports) if known else None,
+            loss_before=reports[0].loss_before if known else None,
+            evaluations_per_second=decided / seconds,
+        )
+        return loss
 
     def _objective(self, search, batch, seed) -> Objective | None:
         parts = self.search_parts(batch)
@@ -160,27 +189,23 @@ class PatternSearchMixin:
         # Autocast, and the reference's own faults, live in training_step.
         if not isinstance(search, PatternSearch) or torch.is_autocast_enabled(inputs.device.type):
             return None
-        if self._objectives is None or self._objectives.model is not model:
-            params = trainable(p for group in search.param_groups for p in group["params"])
+        objectives = self._objectives
+        if objectives is None or (objectives.model, objectives.optimizer) != (model, search):
+            objectives = BatchObjectives(model, criterion, search, self.backend)
             # Not as a submodule, and not in the module's state: it belongs to this process.
-            objectives = BatchObjectives(model, criterion, params, self.backend)
             self.__dict__["_objectives"] = objectives
             chosen = objectives.on(inputs, targets, seed)
             reasons = "".join(f"; not {name!r}: {why}" for name, why in chosen.why_not.items())
             rank_zero_info(f"psfast: backend {chosen.backend!r}{reasons}")
-        return self._objectives.on(inputs, targets, seed)
+        return objectives.on(inputs, targets, seed)
 
-    def _log_search(self, search, evaluations: int | None = None, seconds: float = 0.0) -> None:
-        values = {"radius": search.radius, "evaluations": float(search.evaluations)}
-        report = getattr(search, "last_poll", None)
-        if report is not None:
-            values["accepted"] = float(len(report.accepted))
-            if evaluations is None:
-                evaluations, seconds = report.evaluations, report.seconds
-        if evaluations is not None:
-            values["evaluations_per_second"] = evaluations / max(seconds, 1e-9)
-        for name, value in values.items():
-            self.log(name, value, prog_bar=name == "radius", batch_size=1)
+    def _log_search(self, search) -> None:
+        report = self.last_search
+        self.log("radius", search.radius, prog_bar=True, batch_size=1)
+        self.log("evaluations", float(search.evaluations), batch_size=1)
+        self.log("evaluations_per_second", report.evaluations_per_second, batch_size=1)
+        if report.accepted is not None:
+            self.log("accepted", float(report.accepted), batch_size=1)
 
     @contextmanager
     def _trials(self):
@@ -424,10 +449,10 @@ class RunSummary(L.Callback):
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        report = getattr(trainer.optimizers[0], "last_poll", None)
-        after = outputs["loss"].item()
-        self.last["train_loss"] = after
-        self.first.setdefault("train_loss", after if report is None else report.loss_before)
+        self.last["train_loss"] = outputs["loss"].item()
+        report = getattr(module, "last_search", None)
+        before = None if report is None else report.loss_before
+        self.first.setdefault("train_loss", self.last["train_loss"] if before is None else before)
 
     def on_validation_end(self, trainer, module) -> None:
         for name in ("val_loss", "val_accuracy"):
@@ -513,6 +538,24 @@ def _mask_seed(search) -> int:
     """One dropout mask a poll; plain numbers of the checkpoint decide it."""
     stream = search.polls if isinstance(search, PatternSearch) else search.evaluations
     return derive_seed(search.seed, stream)
+
+
+def _loss_of(training_step: Callable) -> Callable:
+    def closure():
+        output = training_step()
+        return output["loss"] if isinstance(output, dict) else output
+
+    return closure
+
+
+@contextmanager
+def _without_backward():
+    """Leave a closure at its ``backward()``, which has nothing to do here."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
 
 
 def _no_metric(*_args, **_kwargs) -> Tensor:

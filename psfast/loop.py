@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from psfast.evaluation import BatchObjectives, Scores, evaluate, seeded, unpack
-from psfast.flat import trainable
 from psfast.optimizer import PatternSearch, PollReport
 from psfast.search import derive_seed
 
@@ -119,9 +118,8 @@ class _Run:
     def __init__(self, model, criterion, optimizer, val_loader, display):
         self.model, self.criterion, self.optimizer = model, criterion, optimizer
         self.val_loader, self.display = val_loader, display
-        params = trainable(p for group in optimizer.param_groups for p in group["params"])
-        self.device = params[0].device
-        self.objectives = BatchObjectives(model, criterion, params)
+        self.device = optimizer.param_groups[0]["params"][0].device
+        self.objectives = BatchObjectives(model, criterion, optimizer)
         self.steps = 0
         self.polls: list[PollReport] = []
         self.validation: list[tuple[int, Scores]] = []

@@ -75,7 +75,7 @@ class Manual(PatternSearchMixin, Plain):
             self.log("inside", loss)
             return loss
 
-        self.log("loss", self.search_step(closure))
+        self.log("loss", self.search_step(closure).float())
 
 
 class Recorder(Callback):
@@ -177,11 +177,23 @@ def test_a_closure_dict_and_more_than_one_step_a_batch(tmp_path):
         def training_step(self, batch, batch_idx):
             return {"loss": super().training_step(batch, batch_idx), "extra": 1}
 
-    module = Dict(max_evaluations=4)
-    fit = trainer(tmp_path, max_epochs=1)
+    module, recorder = Dict(max_evaluations=4), Recorder()
+    fit = trainer(tmp_path, recorder, max_epochs=1)
     fit.fit(module, loader())
     assert 45 <= fit.optimizers[0].evaluations <= 3 * 18
     assert fit.global_step == 3
+    assert max(step["accepted"] for step in recorder.steps) > 1
+
+
+def test_a_converged_search_ends_its_batch(tmp_path):
+    class Patient(Searched):
+        evaluations_per_batch = 10**9
+
+    module = Patient(min_radius=0.2)
+    module.net[3].p = 0.0  # a new mask in every poll would let every poll find something
+    fit = trainer(tmp_path, max_epochs=1)
+    fit.fit(module, loader())
+    assert fit.optimizers[0].converged and fit.global_step == 3
 
 
 def test_manual_optimization(tmp_path, monkeypatch):
@@ -191,8 +203,27 @@ def test_manual_optimization(tmp_path, monkeypatch):
     fit.fit(module, loader(), loader())
     assert recorder.global_steps == [1, 2, 3]
     for step in recorder.steps:
-        assert "inside" not in step and {"loss", "radius", "evaluations", "accepted"} <= set(step)
+        assert step["inside"] == step["loss"], "of the accepted state"
+        assert {"radius", "evaluations", "accepted", "evaluations_per_second"} <= set(step)
     assert fit.optimizers[0].evaluations > 3
+    assert module.net[1].num_batches_tracked == 3
+
+
+def test_manual_optimization_with_a_closure_that_still_calls_backward(tmp_path):
+    class Backward(Manual):
+        def training_step(self, batch, batch_idx):
+            def closure():
+                loss = self.loss(batch)
+                self.log("loss", loss)
+                self.manual_backward(loss)
+                return loss
+
+            self.search_step(closure)
+
+    recorder = Recorder()
+    fit = trainer(tmp_path, recorder, max_epochs=1)
+    fit.fit(Backward(), loader())
+    assert fit.global_step == 3 and "loss" in recorder.steps[0]
 
 
 def test_manual_optimization_with_an_objective_and_with_a_plain_step(tmp_path):

@@ -224,7 +224,7 @@ def test_evaluate_uses_eval_mode_and_puts_every_mode_back():
 def test_the_same_batch_and_mask_are_the_same_objective():
     model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5), nn.Linear(2, 1))
     _, ((x, y), (other_x, other_y)) = regression(batches=2)
-    objectives = BatchObjectives(model, nn.MSELoss(), list(model.parameters()))
+    objectives = BatchObjectives(model, nn.MSELoss(), psfast.PatternSearch(model.parameters()))
     first = objectives.on(x, y, seed=1)
     first_loss = first().item()
     assert objectives.on(x.clone(), y, seed=1)().item() == first_loss
@@ -233,3 +233,5 @@ def test_the_same_batch_and_mask_are_the_same_objective():
     assert objectives.on(x, y, seed=1)().item() == first_loss
     x.mul_(2.0)
     assert objectives.on(x, y, seed=1)().item() != first_loss
+    model[0].requires_grad_(False)
+    assert objectives.on(x, y, seed=1).params == list(model[2].parameters())
