@@ -10,19 +10,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psfast import search
+from psfast import search, search_simplex
 from psfast.checks import check_count, check_number
 from psfast.flat import FlatParameters, trainable
 from psfast.objectives.base import Objective
 from psfast.objectives.serial import SerialObjective
-from psfast.search import PollState, comparable
+from psfast.search import Decision, PollState, comparable
+from psfast.search_simplex import SimplexGradient, Window
 
 _ORDER_CHUNK = 4096
 _LARGEST_BLOCK = 16384
 _BEST_BLOCK = 256
+_SEARCH_BLOCK = 512
+_SUFFICIENT_DECREASE = 1e-4  # times the squared radius
 _BLOCK_SECONDS = 0.25
 _PROGRESS_SECONDS = 0.1
-_ACCEPTANCES = {"first": search.first_improvement, "best": search.best_improvement}
+_ACCEPTANCES = {
+    "first": search.first_improvement,
+    "best": search.best_improvement,
+    "combine": search.best_improvement,
+}
 
 
 class PollReport(NamedTuple):
@@ -58,8 +65,11 @@ class PatternSearch(torch.optim.Optimizer):
     params: parameters or param groups; a group may set its own ``radius``. Frozen parameters
         are left alone, tied ones count once. All trainable ones need one dtype and device.
     radius: the first step length, > 0, in the parameters' units
-    acceptance: "first" (the first lower loss in poll order, as the serial loop) or "best"
-        (the lowest of a block)
+    acceptance: "first" (the first lower loss in poll order, as the serial loop), "best" (the
+        lowest of a block) or "combine" (the best 2, 4, 8, ... of a block together, each such
+        point evaluated, or the lowest if none is lower)
+    search: a ``SimplexGradient``, to try points along the slopes that the block measures
+        before its trial points; None polls only
     shrink: factor in (0, 1) applied to the radius when a poll fails, and only then
     expand: factor >= 1 applied to the radius when a trial point is accepted
     min_radius: below it, a radius counts as converged; when all are, ``step`` is free
@@ -88,6 +98,7 @@ class PatternSearch(torch.optim.Optimizer):
         min_radius: float = 0.0,
         max_evaluations: int | None = None,
         block_size: int | None = None,
+        search: SimplexGradient | None = None,
         seed: int = 0,
     ):
         check_number("radius", radius, above=0.0)
@@ -99,6 +110,8 @@ class PatternSearch(torch.optim.Optimizer):
         if acceptance not in _ACCEPTANCES:
             names = ", ".join(map(repr, _ACCEPTANCES))
             raise ValueError(f"acceptance must be one of {names}, got {acceptance!r}")
+        if search is not None and not isinstance(search, SimplexGradient):
+            raise TypeError(f"search must be a psfast.SimplexGradient or None, got {search!r}")
         check_count("seed", seed, least=0)
         super().__init__(params, {"radius": radius})
         for group in self.param_groups:
@@ -106,7 +119,7 @@ class PatternSearch(torch.optim.Optimizer):
         self.acceptance = acceptance
         self.shrink, self.expand, self.min_radius = shrink, expand, min_radius
         self.max_evaluations, self.block_size = max_evaluations, block_size
-        self.seed = seed
+        self.search, self.seed = search, seed
         self.progress: Callable[[int, int], None] | None = None
         self.last_poll: PollReport | None = None
         self._poll = PollState()
@@ -170,13 +183,14 @@ class PatternSearch(torch.optim.Optimizer):
             size = self._block_size(before)
             if size < 1:
                 break
-            index, delta = self._block(self._poll.position, size)
+            index, delta, place = self._block(self._poll.position, size)
             losses = self._losses(objective, index, delta)
-            decision = _ACCEPTANCES[self.acceptance](losses, comparable(self._poll.incumbent))
+            points = self._points(index, delta, place, losses)
+            decision = self._decide(objective, losses, points)
             speculated += len(losses) - decision.decided
-            if decision.chosen is not None:
-                accepted = self._accept(objective, index, delta, decision.chosen)
-            failed = self._commit(decision)
+            if decision.success:
+                accepted = self._accept(objective, index, delta, points, decision)
+            failed = self._commit(decision, len(points))
             self._tell_progress(started)
         self._flat.changed()  # what the step itself wrote is nobody else's change
         return self._report(started, before, radius, accepted, speculated, failed)
@@ -208,7 +222,7 @@ class PatternSearch(torch.optim.Optimizer):
         params = self._trainable()
         if not _same(params, self._params):
             self._attach(params)
-            self._poll = self._poll._replace(position=0)
+            self._poll = self._poll._replace(position=0, window=0)
             self._restart_poll()
         elif self._flat.changed() and self._fingerprint != self._flat.fingerprint():
             self._restart_poll()
@@ -224,6 +238,7 @@ class PatternSearch(torch.optim.Optimizer):
         self._params, self._flat = params, FlatParameters(params)
         self._serial: SerialObjective | None = None
         self._order_chunk: tuple | None = None
+        self._window: Window | None = None
 
     def _trainable(self) -> list[torch.nn.Parameter]:
         params = trainable(p for group in self.param_groups for p in group["params"])
@@ -241,25 +256,47 @@ class PatternSearch(torch.optim.Optimizer):
         self._poll = self._poll._replace(incumbent=value)
 
     def _restart_poll(self) -> None:
-        self._poll = self._poll._replace(tried=0, nan=0)
+        self._poll = self._poll._replace(tried=0, nan=0, window_tried=0)
 
     def _block_size(self, before: PollState) -> int:
         """Trial points to evaluate next; 0 when the step's ``max_evaluations`` are used up."""
         poll, total = self._poll, 2 * self._flat.size
-        left = min(total - poll.tried, total - poll.position)
+        left = total - poll.tried
         if self.max_evaluations is not None:
             left = min(left, before.evaluations + self.max_evaluations - poll.evaluations)
+        if self.search is not None:
+            W = len(self._current_window().index)
+            return min(self.block_size or _SEARCH_BLOCK, W, 2 * W - poll.window_tried, left)
+        left = min(left, total - poll.position)
         if self.block_size is not None:
             return min(self.block_size, left)
-        if self.acceptance == "best":
+        if self.acceptance != "first":
             return min(_BEST_BLOCK, left)
         # Blocks of a fraction of a second keep progress and Ctrl-C alive. Under "first" the
         # size of a block decides nothing, so the clock may have a say in it.
         timely = int(_BLOCK_SECONDS / self._seconds_per_point)
         return min(search.block_size(poll), left, max(1, timely), _LARGEST_BLOCK)
 
-    def _block(self, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """Poll entries as (index, delta), cut from a chunk that serves many small blocks."""
+    def _block(self, start: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Poll entries as (index, delta), and with a search their places in the working set."""
+        if self.search is None:
+            return *self._poll_entries(start, count), None
+        window = self._current_window()
+        place, sign = search_simplex.window_entries(window, start, count)
+        index = window.index[place]
+        return index, sign * self._radius_of(index), place
+
+    def _current_window(self) -> Window:
+        count = search_simplex.window_count(self._flat.size, self.search.working_set)
+        number = self._poll.window % count
+        if self._window is None or self._window.number != number:
+            self._window = search_simplex.new_window(
+                self.seed, self._poll.order, number, self._flat.size, self.search, self._flat.buffer
+            )
+        return self._window
+
+    def _poll_entries(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """(index, delta), cut from a chunk that serves many small blocks."""
         total = 2 * self._flat.size
         key = (self._poll.order, self._radii, total, self._flat.buffer.device)
         if self._order_chunk is None or self._order_chunk[0] != key:
@@ -286,29 +323,65 @@ class PatternSearch(torch.optim.Optimizer):
 
     def _losses(self, objective: Objective, index: Tensor, delta: Tensor) -> Tensor:
         started = time.perf_counter()
-        stop = comparable(self._poll.incumbent) if self.acceptance == "first" else None
+        one_is_enough = self.acceptance == "first" and self.search is None
+        stop = comparable(self._poll.incumbent) if one_is_enough else None
         losses = objective.losses(index, delta, stop_below=stop)
         seconds = (time.perf_counter() - started) / len(losses)
         self._seconds_per_point = max(1e-9, seconds)
         return losses
 
-    @staticmethod
-    def _accept(objective, index, delta, place: int) -> list[tuple[int, float]]:
-        index, delta = index[place : place + 1], delta[place : place + 1]
-        objective.accept(index, delta)
-        return [(index.item(), delta.item())]
+    def _points(self, index, delta, place, losses) -> list[tuple[Tensor, Tensor]]:
+        """The search step's points, each as (index, delta); what it learns is kept."""
+        incumbent, points = comparable(self._poll.incumbent), []
+        if self.acceptance == "combine":
+            places = search.combinations(index, losses, incumbent)
+            points += [(index[chosen], delta[chosen]) for chosen in places]
+        if self.search is not None and math.isfinite(incumbent):
+            slope = (losses.to(delta.device) - incumbent) / delta
+            self._window = search_simplex.measure(self._window, place, slope, self.search)
+            noise = 2 * torch.finfo(delta.dtype).eps * abs(incumbent) / delta.abs()
+            along = search_simplex.direction(self._window, place, noise, self.search)
+            changes = search_simplex.points_along(along, delta.abs(), self.search)
+            points += [(index, change) for change in changes]
+        return points
 
-    def _commit(self, decision: search.Decision) -> bool:
+    def _decide(self, objective: Objective, losses: Tensor, points: list) -> Decision:
+        incumbent = comparable(self._poll.incumbent)
+        decision = _ACCEPTANCES[self.acceptance](losses, incumbent)
+        if self.search is not None:
+            decision = decision._replace(decided=len(losses))
+        if not points:
+            return decision
+        values = [objective.loss_at(index, delta).item() for index, delta in points]
+        decrease = 0.0 if self.search is None else _SUFFICIENT_DECREASE * self.radius**2
+        return search.with_points(decision, values, incumbent, decrease)
+
+    @staticmethod
+    def _accept(objective, index, delta, points, decision) -> list[tuple[int, float]]:
+        if decision.point is not None:
+            index, delta = points[decision.point]
+        else:
+            place = slice(decision.chosen, decision.chosen + 1)
+            index, delta = index[place], delta[place]
+        objective.accept(index, delta)
+        return list(zip(index.tolist(), delta.tolist(), strict=True))
+
+    def _commit(self, decision: Decision, n_points: int) -> bool:
         """Take the decision into the state; returns whether the poll failed."""
         total, nan = 2 * self._flat.size, self._poll.nan + decision.nan
-        self._poll, failed = search.advance(self._poll, decision, total)
+        if self.search is None:
+            poll, failed = search.advance(self._poll, decision, total)
+        else:
+            window_total = 2 * len(self._window.index)
+            poll, failed = search_simplex.advance_window(self._poll, decision, window_total, total)
+        self._poll = poll._replace(evaluations=poll.evaluations + n_points)
         if failed and nan == total:
             warnings.warn(
                 f"the loss was NaN at all {total} trial points; the poll failed",
                 RuntimeWarning,
                 stacklevel=4,
             )
-        factor = self.shrink if failed else 1.0 if decision.chosen is None else self.expand
+        factor = self.shrink if failed else self.expand if decision.success else 1.0
         for group in self.param_groups:
             group["radius"] *= factor
         self._radii = self._read_radii()
@@ -339,7 +412,8 @@ class PatternSearch(torch.optim.Optimizer):
     # -- checkpoints ---------------------------------------------------------------------
 
     def state_dict(self) -> dict:
-        """Plain numbers: radii in the param groups, the rest under "search".
+        """Plain numbers: radii in the param groups, the rest under "search". With a search
+        step also the three (W,) tensors that it has measured, under "slopes".
 
         Loaded beside the parameters of the same moment, in either order, the search goes on
         bit for bit, also from the middle of a poll.
@@ -350,6 +424,9 @@ class PatternSearch(torch.optim.Optimizer):
             "seed": self.seed,
             "fingerprint": self._flat.fingerprint(),
         }
+        if self._window is not None:
+            names = ("visits", "mean", "square")
+            state["slopes"] = {name: getattr(self._window, name).clone() for name in names}
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -363,7 +440,16 @@ class PatternSearch(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self.seed, self._fingerprint = saved.pop("seed"), saved.pop("fingerprint")
         self._poll = search.PollState(**saved)
-        self._order_chunk = None
+        self._order_chunk = self._window = None
+        if self.search is not None and "slopes" in state_dict:
+            window = self._current_window()
+            slopes = {name: value.to(window.mean) for name, value in state_dict["slopes"].items()}
+            if len(slopes["mean"]) != len(window.index):
+                raise ValueError(
+                    "the state must come from a search with the same working_set, its working "
+                    f"set has {len(slopes['mean'])} coordinates for {len(window.index)}"
+                )
+            self._window = window._replace(**slopes)
         self._radii = self._read_radii()
         self._flat.mark_changed()
 

@@ -30,6 +30,8 @@ class PollState(NamedTuple):
     nan: how many of the tried ones had a NaN loss
     incumbent: the incumbent's loss, or None before the first step
     mean_gap: running mean of the trial points between two accepted ones
+    window: number of the working set that is polled (``psfast.search_simplex``)
+    window_tried: how many of the tried ones are its
     """
 
     order: int = 0
@@ -40,21 +42,29 @@ class PollState(NamedTuple):
     evaluations: int = 0
     incumbent: float | None = None
     mean_gap: float = 1.0
+    window: int = 0
+    window_tried: int = 0
 
 
 class Decision(NamedTuple):
     """What became of a block.
 
-    chosen: place in the block of the accepted trial point, None if the block failed
-    loss: its loss, NaN if the block failed
+    chosen: place in the block of the trial point to accept, None if the block failed
+    loss: the loss of what is accepted, NaN if nothing is
     decided: trial points of the block that the serial loop would have evaluated too
     nan: how many of the block's losses are NaN
+    point: which of the search's points to accept instead, None if none is lower
     """
 
     chosen: int | None
     loss: float
     decided: int
     nan: int
+    point: int | None = None
+
+    @property
+    def success(self) -> bool:
+        return self.chosen is not None or self.point is not None
 
 
 def derive_seed(seed: int, *stream: int) -> int:
@@ -138,6 +148,39 @@ def _decision(losses: Tensor, place: Tensor, success: Tensor) -> Decision:
     return Decision(int(place), loss, len(losses), int(nan))
 
 
+def combinations(index: Tensor, losses: Tensor, incumbent: float) -> list[Tensor]:
+    """Places in the block that make up each combined point: the best 2, 4, 8, ... improving ones.
+
+    index, losses: (K,). Of the two trial points of one coordinate the lower one counts. Each
+    point is a new one on the poll's lattice, to be accepted only on its own evaluation (a
+    search step in the sense of Torczon 1997); the best single one needs none.
+    """
+    place = (losses < incumbent).nonzero().squeeze(1)
+    place = place[losses[place].argsort(stable=True)]
+    _, coordinate = index[place].unique(return_inverse=True)
+    rank = torch.arange(len(place), device=place.device)
+    lowest = torch.full_like(rank, len(place)).scatter_reduce(0, coordinate, rank, "amin")
+    place = place[lowest[coordinate] == rank]
+    sizes = [2**k for k in range(1, max(0, len(place) - 1).bit_length())]
+    return [place[:size] for size in [*sizes, len(place)] if size > 1]
+
+
+def with_points(
+    decision: Decision, losses: Sequence[float], incumbent: float, decrease: float = 0.0
+) -> Decision:
+    """The block's decision, or the lowest of the search's points if that is lower.
+
+    losses: of the points; NaN never wins. decrease: what a point must gain on the incumbent;
+    for points off the poll's lattice some rho(radius) > 0 with rho(t)/t -> 0 (Kolda, Lewis &
+    Torczon 2003).
+    """
+    best = min(range(len(losses)), key=lambda k: comparable(losses[k]))
+    bound = incumbent - decrease if decision.chosen is None else decision.loss
+    if not losses[best] < min(bound, incumbent - decrease):
+        return decision
+    return decision._replace(chosen=None, point=best, loss=losses[best])
+
+
 def comparable(loss: float | None) -> float:
     """``loss`` with NaN, and a missing one, as +infinity: a failed evaluation never wins."""
     return math.inf if loss is None or math.isnan(loss) else loss
@@ -166,7 +209,7 @@ def advance(state: PollState, decision: Decision, total: int) -> tuple[PollState
         nan=state.nan + decision.nan,
         evaluations=state.evaluations + decision.decided,
     )
-    if decision.chosen is not None:
+    if decision.success:
         gap = 0.7 * state.mean_gap + 0.3 * tried
         return end_poll(state)._replace(incumbent=decision.loss, mean_gap=gap), False
     if tried < total:
@@ -176,4 +219,4 @@ def advance(state: PollState, decision: Decision, total: int) -> tuple[PollState
 
 def end_poll(state: PollState) -> PollState:
     """The state with a new poll begun: nothing has been tried in it."""
-    return state._replace(tried=0, nan=0, polls=state.polls + 1)
+    return state._replace(tried=0, nan=0, window_tried=0, polls=state.polls + 1)

@@ -1,0 +1,159 @@
+"""The simplex-gradient search step: what a block's trial points say about the slopes, put to use.
+
+A poll throws away the size of the differences it measures. The search step keeps them: each
+trial point is also a one-sided difference of the loss along its coordinate, a block of them
+the simplex gradient of a random face of the poll (Bortz & Kelley 1998; Custódio & Vicente
+2007). Averaged over the visits of a coordinate and scaled by their root mean square (Kingma &
+Ba 2015), they make a direction; points along it are evaluated, and the lowest is accepted if
+it is lower than the incumbent and than every trial point of the block.
+
+Pure functions, as in ``psfast.search``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from psfast.checks import check_count, check_number
+from psfast.search import Decision, PollState, advance, poll_order
+
+
+@dataclass(frozen=True)
+class SimplexGradient:
+    """Settings of the search step; give it as ``PatternSearch(..., search=SimplexGradient())``.
+
+    working_set: coordinates that are polled at a time. The 2N trial points are polled working
+        set by working set: the next one is taken up when all points of this one have failed
+        at one incumbent. So one working set may be all that a training run ever changes: a
+        random subspace suffices (Li et al. 2018), and its slopes are never old.
+    lengths: of the points along the direction, in radii a coordinate
+    momentum: weight of the earlier differences of a coordinate in their running mean
+    square_momentum: the same for their mean square
+
+    The theory holds: the points are a finite set, one is accepted only on its own evaluated
+    decrease of at least 1e-4 radius^2 (they lie off the poll's lattice), a search that fails
+    falls through to the best trial point of the block, and then to the rest of the poll.
+
+    Raises ValueError or TypeError for settings out of range, naming them.
+    """
+
+    working_set: int = 20_000
+    lengths: Sequence[float] = (0.5, 1.0, 4.0)
+    momentum: float = 0.9
+    square_momentum: float = 0.99
+
+    def __post_init__(self):
+        check_count("working_set", self.working_set)
+        object.__setattr__(self, "lengths", tuple(self.lengths))
+        if not self.lengths:
+            raise ValueError("lengths must hold at least one number, got none")
+        for length in self.lengths:
+            check_number("lengths", length, above=0.0)
+        check_number("momentum", self.momentum, at_least=0.0, below=1.0)
+        check_number("square_momentum", self.square_momentum, at_least=0.0, below=1.0)
+
+
+class Window(NamedTuple):
+    """A working set, and what its trial points have shown.
+
+    number: which of the working sets that [0, N) is cut into
+    index: (W,) int64, its coordinates in poll order
+    visits: (W,) differences measured so far
+    mean: (W,) their running mean, still biased towards zero
+    square: (W,) the running mean of their squares, likewise
+    """
+
+    number: int
+    index: Tensor
+    visits: Tensor
+    mean: Tensor
+    square: Tensor
+
+
+def window_count(size: int, working_set: int) -> int:
+    """How many working sets the N = ``size`` coordinates are cut into."""
+    return -(-size // working_set)
+
+
+def new_window(
+    seed: int, order: int, number: int, size: int, settings: SimplexGradient, like: Tensor
+) -> Window:
+    """Working set ``number``, about an equal part of a keyed permutation of [0, size).
+
+    like: gives the dtype of the slopes and the device
+    """
+    count = window_count(size, settings.working_set)
+    start, stop = number * size // count, (number + 1) * size // count
+    index = poll_order(seed, order, start, stop - start, size, like.device)
+    zeros = like.new_zeros(stop - start)
+    return Window(number, index, zeros, zeros, zeros)
+
+
+def window_entries(window: Window, position: int, count: int) -> tuple[Tensor, Tensor]:
+    """Places in the working set and signs (count,) of its poll's next trial points.
+
+    The 2W trial points are two rounds over the W coordinates, the second with the opposite
+    signs, so that the curvature in one-sided differences cancels in a coordinate's mean. A
+    block of up to W of them, also across the end of the poll, has distinct coordinates.
+    """
+    W = len(window.index)
+    entry = (torch.arange(count, device=window.index.device) + position) % (2 * W)
+    place, second = entry % W, entry // W
+    return place, 1 - 2 * ((place + second) & 1)
+
+
+def measure(window: Window, place: Tensor, slope: Tensor, settings: SimplexGradient) -> Window:
+    """The window with one more difference at each of the distinct ``place`` (K,).
+
+    slope: (K,); one that is not finite says nothing and is left out
+    """
+    known = slope.isfinite()
+    place, slope = place[known], slope[known].to(window.mean.dtype)
+    beta, gamma = settings.momentum, settings.square_momentum
+    mean = window.mean[place] * beta + slope * (1 - beta)
+    square = window.square[place] * gamma + slope.square() * (1 - gamma)
+    return window._replace(
+        visits=window.visits.index_copy(0, place, window.visits[place] + 1),
+        mean=window.mean.index_copy(0, place, mean),
+        square=window.square.index_copy(0, place, square),
+    )
+
+
+def direction(window: Window, place: Tensor, noise: Tensor, settings: SimplexGradient) -> Tensor:
+    """Downhill at ``place`` (K,): minus the mean difference over its root mean square.
+
+    noise: (K,) what rounding alone makes of a difference; slopes below it are not amplified
+
+    Returns (K,), each in about [-1, 1]; 0 where nothing was measured.
+    """
+    visits = window.visits[place].clamp(min=1)
+    mean = window.mean[place] / (1 - settings.momentum**visits)
+    square = window.square[place] / (1 - settings.square_momentum**visits)
+    return -mean / (square.sqrt() + noise)
+
+
+def points_along(direction: Tensor, radius: Tensor, settings: SimplexGradient) -> list[Tensor]:
+    """The changes (K,) of each point of the search step. direction, radius: (K,)"""
+    return [direction * (radius * length) for length in settings.lengths]
+
+
+def advance_window(
+    state: PollState, decision: Decision, window_total: int, total: int
+) -> tuple[PollState, bool]:
+    """``psfast.search.advance`` for a poll that goes working set by working set.
+
+    window_total: 2W; total: 2N. The next working set is taken up when all 2W trial points of
+    this one have failed at one incumbent, radius and objective; the poll fails when those of
+    all have. The permutation stays then, so that what is known of the slopes is kept.
+    """
+    after, failed = advance(state, decision, total)
+    if failed:
+        return after._replace(order=state.order), True
+    tried = 0 if decision.success else state.window_tried + decision.decided
+    if tried < window_total:
+        position = (state.position + decision.decided) % window_total
+        return after._replace(position=position, window_tried=tried), False
+    return after._replace(position=0, window=state.window + 1, window_tried=0), False
