@@ -59,19 +59,19 @@ def padded_positions(T: int) -> int:
 # (compute capability, padded d_model, positions) -> configuration. Each is free of spills in
 # fp16x3 and fits into shared memory: `python -m psfast.kernels.compile` checks all of them.
 CONFIGS = {
-    (9, 64, 16): Config(64, 4, 2, 32, 64, 2),
+    (9, 64, 16): Config(64, 4, 2, 64, 64, 2),
     (9, 64, 32): Config(64, 4, 2, 32, 64, 2),
-    (9, 64, 64): Config(64, 4, 1, 32, 64, 2),
-    (9, 64, 128): Config(128, 8, 1, 32, 64, 2),
+    (9, 64, 64): Config(64, 8, 1, 32, 32, 2),
     (9, 128, 16): Config(64, 8, 1, 16, 32, 2),
     (9, 128, 32): Config(64, 8, 1, 16, 32, 2),
-    (9, 128, 64): Config(64, 8, 1, 16, 32, 2),
+    (9, 256, 16): Config(32, 8, 1, 16, 16, 2, staged=64),
+    (9, 256, 32): Config(32, 8, 1, 16, 16, 2, staged=64),
     (8, 64, 16): Config(64, 4, 1, 16, 32, 2),
     (8, 64, 32): Config(64, 4, 1, 16, 32, 2),
     (8, 128, 16): Config(32, 8, 1, 32, 32, 2),
     (8, 128, 32): Config(32, 8, 1, 32, 32, 2),
-    (9, 256, 32): Config(64, 8, 1, 32, 32, 2, staged=64),
-    (8, 256, 32): Config(32, 8, 1, 32, 32, 2, staged=64),
+    (8, 256, 16): Config(32, 8, 1, 16, 16, 2, staged=32),
+    (8, 256, 32): Config(32, 8, 1, 16, 16, 2, staged=32),
 }
 
 

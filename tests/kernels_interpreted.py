@@ -9,7 +9,7 @@ import torch
 from psfast.kernels import plan
 
 import psfast
-from psfast.objectives.fused_cuda import TritonObjective
+from psfast.objectives.fused_cuda import FusedCudaObjective
 
 SIZES = {
     # Two sequences a tile and padding in every direction.
@@ -101,12 +101,12 @@ def check(objective, index, delta, *, bound=1e-6):
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_every_tensor_against_float64(sizes):
-    objective = TritonObjective(*problem(**sizes), seed=3)
+    objective = FusedCudaObjective(*problem(**sizes), seed=3)
     check(objective, *points(objective, 2))
 
 
 def test_a_wide_model_goes_through_memory():
-    objective = TritonObjective(*problem(**WIDE))
+    objective = FusedCudaObjective(*problem(**WIDE))
     assert objective._plan.config.staged
     index, delta = points(objective, 1)
     check(objective, index[::2], delta[::2])
@@ -115,13 +115,13 @@ def test_a_wide_model_goes_through_memory():
 @pytest.mark.parametrize("mode", [mode for mode in plan.MODES if mode != "fp16x3"])
 def test_the_other_modes(mode):
     # The interpreter computes all of them in float32, so this checks their code, not their error.
-    objective = TritonObjective(*problem(**SIZES["T 17"]), precision=mode)
+    objective = FusedCudaObjective(*problem(**SIZES["T 17"]), precision=mode)
     index, delta = points(objective, 1)
     check(objective, index[::3], delta[::3])
 
 
 def test_a_loss_does_not_depend_on_its_block():
-    objective = TritonObjective(*problem(**SIZES["three tiles"]))
+    objective = FusedCudaObjective(*problem(**SIZES["three tiles"]))
     index, delta = points(objective, 1)
     index, delta = index[::3], delta[::3]
     together = objective.losses(index, delta)
@@ -132,7 +132,7 @@ def test_a_loss_does_not_depend_on_its_block():
 
 
 def test_exact_no_ops_have_the_incumbents_loss():
-    objective = TritonObjective(*problem(**SIZES["T 17"]))
+    objective = FusedCudaObjective(*problem(**SIZES["T 17"]))
     model, offsets = objective.model, dict(zip(objective.params, objective.flat.offsets[:-1]))  # noqa: B905
     d, d_k, T = 24, 8, 17
     qkv = model.blocks[1].attention.qkv
@@ -156,7 +156,7 @@ def test_exact_no_ops_have_the_incumbents_loss():
 
 
 def test_accept_loss_at_and_foreign_changes():
-    objective = TritonObjective(*problem(**SIZES["three tiles"]), seed=2)
+    objective = FusedCudaObjective(*problem(**SIZES["three tiles"]), seed=2)
     index, delta = points(objective, 1)
     index, delta = index[[0, 3, 9]], delta[[0, 3, 9]]
     before = objective.flat.buffer.clone()
@@ -174,7 +174,7 @@ def test_accept_loss_at_and_foreign_changes():
 def test_another_batch_another_mask_and_no_dropout():
     model, criterion, inputs, targets = problem(**SIZES["three tiles"])
     state = torch.get_rng_state()
-    objective = TritonObjective(model, criterion, inputs, targets, seed=2)
+    objective = FusedCudaObjective(model, criterion, inputs, targets, seed=2)
     first = objective().item()
     objective.set_batch(inputs[:2], targets[:2], seed=4)
     assert objective().item() == pytest.approx(BruteForce(objective)(), abs=2e-6)
@@ -194,14 +194,14 @@ def test_frozen_parameters_are_read_and_not_counted():
     model, *rest = problem(**SIZES["three tiles"])
     for p in model.blocks[0].parameters():
         p.requires_grad_(False)
-    objective = TritonObjective(model, *rest)
+    objective = FusedCudaObjective(model, *rest)
     assert len(objective.params) == 6
     check(objective, *points(objective, 1))
 
 
 def test_beyond_fp16s_range_it_evaluates_again():
     model, *rest = problem(**SIZES["three tiles"])
-    objective = TritonObjective(model, *rest)
+    objective = FusedCudaObjective(model, *rest)
     offset = dict(zip(objective.params, objective.flat.offsets[:-1]))  # noqa: B905
     index = torch.tensor([offset[model.blocks[0].ff[0].bias] + 3, offset[model.head.bias]])
     # The first hidden unit becomes 1e5, too much for fp16; its weights out make that 1e-5.
@@ -214,7 +214,7 @@ def test_beyond_fp16s_range_it_evaluates_again():
 
 
 def test_nan_stays_in_its_trial_point():
-    objective = TritonObjective(*problem(**SIZES["three tiles"]))
+    objective = FusedCudaObjective(*problem(**SIZES["three tiles"]))
     N = objective.flat.size
     index = torch.tensor([0, 200, N - 1, -1, N])
     delta = torch.tensor([math.nan, math.inf, 0.1, 0.1, 0.1])
@@ -246,6 +246,6 @@ def test_says_why_it_cannot_serve():
     ]
     for arguments, reason in cases:
         with pytest.raises(ValueError, match=reason):
-            TritonObjective(*arguments)
+            FusedCudaObjective(*arguments)
     with pytest.raises(ValueError, match="precision must be one of .*, got 'bf16'"):
-        TritonObjective(model, criterion, inputs, targets, precision="bf16")
+        FusedCudaObjective(model, criterion, inputs, targets, precision="bf16")

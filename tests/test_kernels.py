@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import psfast
-from psfast.objectives.fused_cuda import TritonObjective
+from psfast.objectives.fused_cuda import FusedCudaObjective
 
 pytest.importorskip("triton")
 
@@ -31,7 +31,7 @@ def test_needs_a_gpu():
     model = psfast.DecoderOnlyTransformer(d_model=16, n_heads=2, d_ff=16)
     inputs = torch.zeros(2, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match="must be on a CUDA device, got cpu"):
-        TritonObjective(model, psfast.MaskedCrossEntropy(), inputs, inputs)
+        FusedCudaObjective(model, psfast.MaskedCrossEntropy(), inputs, inputs)
 
 
 def test_importing_psfast_imports_no_triton():
@@ -52,7 +52,7 @@ def test_on_a_gpu(precision):
     targets = torch.randint(99, (4, 16), device="cuda")
     targets[:, :8] = 100
     model.eval()
-    objective = TritonObjective(model, criterion, inputs, targets, precision=precision)
+    objective = FusedCudaObjective(model, criterion, inputs, targets, precision=precision)
     twin = psfast.DecoderOnlyTransformer().cuda().double()
     twin.load_state_dict(model.state_dict())
     twin.eval()

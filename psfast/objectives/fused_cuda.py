@@ -13,7 +13,7 @@ from psfast.objectives.base import Objective, check_block
 _INT32 = 2**31 - 1
 
 
-class TritonObjective(Objective):
+class FusedCudaObjective(Objective):
     """``MaskedCrossEntropy(model(inputs), targets)``, whole blocks of trial points at a time.
 
     model: a ``DecoderOnlyTransformer`` in float32 on a CUDA device, d_model <= 256

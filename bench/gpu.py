@@ -1,0 +1,507 @@
+"""Measures psfast on a GPU: the correctness gate, then every backend in one run.
+
+``python bench/gpu.py [--out DIR] [--seconds S] [--dry-run]`` writes ``gpu.json`` and
+``gpu.txt``. Every stage that fails is recorded with its error and the rest goes on; a mode
+that fails the gate is not timed. ``--dry-run`` runs every stage on the CPU, on a tiny model,
+in Triton's interpreter: it checks this program, and its numbers mean nothing.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from pathlib import Path
+
+DRY = "--dry-run" in sys.argv
+if DRY:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+import torch  # noqa: E402
+from harness import RESULTS, SIZES, ForcedOutcomes, machine, poll_block  # noqa: E402
+
+import psfast  # noqa: E402
+from psfast.flat import FlatParameters  # noqa: E402
+
+DEVICE = "cpu" if DRY else "cuda"
+LENGTHS = {"small": 8, "medium": 12, "large": 16, "tiny": 4}
+TINY = {"d_model": 16, "n_layers": 1, "n_heads": 2, "d_ff": 16}
+BUDGET = 0.2 if DRY else 1.5  # seconds that one measurement aims at
+ROUNDS = 1 if DRY else 3
+MODES = ("fp16x3", "tf32x3", "fp32")
+
+
+class Run:
+    """What has been measured, written to disk after every stage."""
+
+    def __init__(self, out: Path, seconds: float):
+        self.out, self.deadline = out, time.monotonic() + seconds
+        self.data = {"machine": describe(), "dry_run": DRY, "stages": [], "gate": [], "rows": []}
+
+    def stage(self, name: str, work, *args):
+        """``work(*args)``, or None after recording why there is no result."""
+        record = {"stage": name, "ok": False, "seconds": 0.0, "error": ""}
+        self.data["stages"].append(record)
+        started, value = time.monotonic(), None
+        if started > self.deadline:
+            record["error"] = "skipped: out of time"
+        else:
+            try:
+                value = work(*args)
+                synchronize()
+                record["ok"] = True
+            except Exception as error:
+                record["error"] = f"{type(error).__name__}: {str(error)[:500]}"
+                record["trace"] = traceback.format_exc()[-2000:]
+        record["seconds"] = round(time.monotonic() - started, 2)
+        print(f"[{record['seconds']:7.2f} s] {name}: {record['error'] or 'ok'}", flush=True)
+        self.save()
+        return value
+
+    def row(self, size: str, batch: int, regime: str, backend: str, seconds: float, **more) -> None:
+        row = {
+            "size": size,
+            "batch": batch,
+            "regime": regime,
+            "backend": backend,
+            "us_per_point": seconds * 1e6,
+            "points_per_second": 1 / seconds,
+            **more,
+        }
+        self.data["rows"].append(row)
+        print(f"    {size} B={batch} {regime}, {backend}: {seconds * 1e6:.3f} us a trial point")
+
+    def save(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "gpu.json").write_text(json.dumps(self.data, indent=1) + "\n")
+        (self.out / "gpu.txt").write_text(table(self.data))
+
+
+def describe() -> dict:
+    found = machine()
+    found["python_executable"] = Path(sys.executable).name
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError as error:
+        found["triton"] = f"none: {error}"
+    if torch.cuda.is_available():
+        found["cuda"] = torch.version.cuda
+        found["capability"] = list(torch.cuda.get_device_capability())
+        found["gpus"] = torch.cuda.device_count()
+    return found
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(work) -> float:
+    """Median wall-clock seconds of ``work()`` with everything it launched; the first is warm-up."""
+    times = []
+    for _ in range(ROUNDS + 1):
+        synchronize()
+        started = time.perf_counter()
+        work()
+        synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def problem(size: str, batch: int):
+    """Model, criterion, inputs and targets on the device; dropout off."""
+    torch.manual_seed(0)
+    sizes = TINY if size == "tiny" else SIZES[size]
+    model = psfast.DecoderOnlyTransformer(**sizes, dropout=0.0).to(DEVICE)
+    data = psfast.StateTrackingDataset(n_samples=batch, seq_len=LENGTHS[size], seed=0)
+    items = [data[i] for i in range(batch)]
+    inputs, targets = (torch.stack([item[k] for item in items]).to(DEVICE) for k in "xy")
+    return model, psfast.MaskedCrossEntropy(), inputs, targets
+
+
+# -- the clean eager loop, and the reference ----------------------------------------------
+
+
+def eager_losses(closure, flat, index, delta) -> list[float]:
+    """no_grad, change in place, evaluate, restore the saved value; one host sync a trial point."""
+    buffer, losses = flat.buffer, []
+    with torch.no_grad():
+        for i, d in zip(index.tolist(), delta.tolist(), strict=True):
+            cell = buffer[i : i + 1]
+            saved = cell.clone()
+            cell.add_(d)
+            losses.append(closure().item())
+            cell.copy_(saved)
+    return losses
+
+
+def eager_loop(run: Run, size: str, batch: int) -> None:
+    model, criterion, inputs, targets = problem(size, batch)
+    flat = FlatParameters(list(model.parameters()))
+    closure = lambda: criterion(model(inputs), targets)  # noqa: E731
+    count = 5 if DRY else 500
+    points = poll_block(flat, 0, count)
+    seconds = seconds_of(lambda: eager_losses(closure, flat, *points)) / count
+    run.row(size, batch, "any", "serial loop", seconds, accept_costs="nothing more")
+
+
+class Enough(Exception):
+    """Ends a poll of the reference that would take minutes."""
+
+
+def reference_step(run: Run, size: str, batch: int) -> None:
+    """Its step up to ``count`` closure calls: shuffle, forward, backward, restore."""
+    model, criterion, inputs, targets = problem(size, batch)
+    count, calls = (4 if DRY else 200), 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        if calls > count:
+            raise Enough
+        with torch.enable_grad():
+            model.zero_grad()
+            loss = criterion(model(inputs), targets)
+            loss.backward()
+        return loss.detach() * 0.0 + 1.0
+
+    def step(calls_before: int) -> None:
+        nonlocal calls
+        calls = calls_before
+        with contextlib.suppress(Enough):
+            psfast.ReferencePatternSearch(model.parameters(), radius=0.1).step(closure)
+
+    seconds = seconds_of(lambda: step(0))
+    # What a step costs before its first trial point is a part of a whole poll, not of a piece.
+    entry = seconds_of(lambda: step(count))
+    run.row(size, batch, "any", "reference", max(seconds - entry, 1e-9) / count, step_entry_s=entry)
+
+
+# -- the backends ---------------------------------------------------------------------------
+
+
+def build(backend: str, parts):
+    """The objective of a backend: "fused fp16x3", "graph", "batched"."""
+    name, _, mode = backend.partition(" ")
+    if name == "fused":
+        from psfast.objectives.fused_cuda import FusedCudaObjective
+
+        return FusedCudaObjective(*parts, precision=mode)
+    if name == "graph":
+        from psfast.objectives.graph import GraphModelObjective
+
+        return GraphModelObjective(*parts, capture=not DRY)
+    return psfast.objective(*parts, backend=name)
+
+
+class Synchronized(ForcedOutcomes):
+    """Forced outcomes that still wait for the losses, as a search has to."""
+
+    def losses(self, index, delta, *, stop_below=None):
+        outcomes = super().losses(index, delta, stop_below=stop_below)
+        synchronize()
+        return outcomes
+
+
+def complete_poll(run: Run, objective, size: str, batch: int, backend: str) -> None:
+    """Nothing improves; all 2N trial points, or as many as the budget allows."""
+    total = 2 * objective.flat.size
+    forced = Synchronized(objective, 0.0)
+
+    def piece(count: int) -> float:
+        optimizer = psfast.PatternSearch(objective.params, radius=0.1, max_evaluations=count)
+        return seconds_of(lambda: optimizer.step(forced))
+
+    count = min(total, 16 if DRY else 4096)
+    if not DRY:
+        piece(64)  # compilation
+        count = min(total, max(count, int(count * BUDGET / piece(count))))
+    seconds = piece(count) / count
+    run.row(
+        size,
+        batch,
+        "complete poll",
+        backend,
+        seconds,
+        points=count,
+        whole_poll_ms=seconds * total * 1e3,
+    )
+
+
+def device_time(run: Run, objective, size: str, batch: int, backend: str) -> None:
+    """The losses of large blocks alone, without search, order or host syncs."""
+    count = min(2 * objective.flat.size, 8 if DRY else 16_384)
+    blocks = [poll_block(objective.flat, start, count // 2) for start in (0, count // 2)]
+
+    def work():
+        for points in blocks:
+            objective.losses(*points)
+
+    seconds = seconds_of(work) / (count // 2 * 2)
+    run.row(size, batch, "losses alone", backend, seconds, block=count // 2)
+
+
+def with_accepts(run: Run, objective, size, batch, backend, probability: float) -> None:
+    """Forced accepts at a tiny radius, as many steps as the budget allows."""
+    optimizer = psfast.PatternSearch(objective.params, radius=1e-5)
+    forced = Synchronized(objective, probability)
+    least = 1 if DRY else 10
+    for _ in range(least):
+        optimizer.step(forced)
+    first, accepts = optimizer.evaluations, 0
+    synchronize()
+    started = time.perf_counter()
+    while accepts < least or time.perf_counter() - started < BUDGET:
+        optimizer.step(forced)
+        accepts += 1
+        if DRY and accepts > 1:
+            break
+    synchronize()
+    seconds = time.perf_counter() - started
+    points = optimizer.evaluations - first
+    run.row(
+        size,
+        batch,
+        f"p = {probability:g}",
+        backend,
+        seconds / points,
+        us_per_accept=seconds / accepts * 1e6,
+        accepts=accepts,
+    )
+
+
+def descend(run: Run, objective, size: str, batch: int) -> None:
+    """The graph's own serial loop: real accepts, one host sync for all of them."""
+    count = 8 if DRY else 2000
+    points = poll_block(objective.flat, 0, count, radius=1e-3)
+    seconds = seconds_of(lambda: objective.descend(*points, objective().item())) / count
+    run.row(size, batch, "real accepts", "graph descend", seconds)
+
+
+def measure(run: Run, backend: str, size: str, batch: int, regimes: tuple[float, ...]) -> None:
+    """One backend, one size: construction, all regimes, peak memory."""
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    case = f"{backend} {size} B={batch}"
+    started = time.perf_counter()
+    objective = run.stage(f"{case}: build", lambda: build(backend, problem(size, batch)))
+    if objective is None:
+        return
+    built = time.perf_counter() - started
+    run.stage(f"{case}: losses", device_time, run, objective, size, batch, backend)
+    run.stage(f"{case}: complete poll", complete_poll, run, objective, size, batch, backend)
+    for p in regimes:
+        run.stage(f"{case}: p = {p:g}", with_accepts, run, objective, size, batch, backend, p)
+    if backend == "graph":
+        run.stage(f"{case}: descend", descend, run, objective, size, batch)
+    if DEVICE == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+        for row in run.data["rows"]:
+            if (row["size"], row["batch"], row["backend"]) == (size, batch, backend):
+                row.update(peak_MiB=round(peak, 1), build_s=round(built, 2))
+
+
+# -- the gate -------------------------------------------------------------------------------
+
+
+def trained(size: str, batch: int):
+    """The problem after some steps of Adam: its weights are not those of a fresh model."""
+    model, criterion, inputs, targets = problem(size, batch)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(2 if DRY else 150):
+        optimizer.zero_grad()
+        criterion(model(inputs), targets).backward()
+        optimizer.step()
+    return model, criterion, inputs, targets
+
+
+def exact_changes(parts, index, delta) -> torch.Tensor:
+    """Loss changes in float64: the trial value is rounded as the float32 parameters round it."""
+    model, criterion, inputs, targets = parts
+    single = FlatParameters(list(model.parameters())).buffer
+    twin = copy.deepcopy(model).double()
+    flat = FlatParameters(list(twin.parameters()))
+    exact = (single[index] + delta).double() - single[index].double()
+    closure = lambda: criterion(twin(inputs), targets)  # noqa: E731
+    with torch.no_grad():
+        base = closure().item()
+    return torch.tensor(eager_losses(closure, flat, index, exact), dtype=torch.float64) - base
+
+
+def gate(run: Run, size: str, batch: int, weights: str, radius: float, count: int) -> None:
+    """Errors and accept/reject flips of every mode against float64, beside eager fp32's."""
+    parts = (trained if weights == "trained" else problem)(size, batch)
+    model, criterion, inputs, targets = parts
+    flat = FlatParameters(list(model.parameters()))
+    index, delta = poll_block(flat, 0, count, radius)
+    exact = exact_changes(parts, index, delta)
+
+    def compare(backend: str, losses: torch.Tensor, base: float) -> None:
+        changes = losses.double().cpu() - base
+        matters = exact.abs() > 0
+        flips = ((changes < 0) != (exact < 0))[matters].sum().item()
+        error = (changes - exact).abs().max().item()
+        bound = 1e-5 * max(1.0, abs(base))
+        record = {
+            "size": size,
+            "batch": batch,
+            "weights": weights,
+            "radius": radius,
+            "backend": backend,
+            "points": count,
+            "largest_error": error,
+            "flips": flips,
+            "loss": base,
+            "ok": error < bound,  # False for NaN
+        }
+        run.data["gate"].append(record)
+        print(f"    {size} {weights} radius {radius:g} {backend}: error {error:.2e}, flips {flips}")
+
+    closure = lambda: criterion(model(inputs), targets)  # noqa: E731
+    with torch.no_grad():
+        base = closure().item()
+    compare("serial loop", torch.tensor(eager_losses(closure, flat, index, delta)), base)
+    for backend in backends():
+
+        def one(backend=backend):
+            twin = build(backend, parts)
+            compare(backend, twin.losses(index, delta), twin().item())
+
+        run.stage(f"gate {size} {weights} {radius:g} {backend}", one)
+
+
+def backends() -> tuple[str, ...]:
+    return ("batched", "graph", *(f"fused {mode}" for mode in MODES))
+
+
+def passed(run: Run, backend: str) -> bool:
+    """Whether every gate that ran for it passed, and at least one did."""
+    found = [record["ok"] for record in run.data["gate"] if record["backend"] == backend]
+    return bool(found) and all(found)
+
+
+def tiles(run: Run) -> None:
+    """Other configurations of the small model's kernel at B = 64, each gated before it is timed."""
+    from psfast.kernels import plan
+
+    key = (min(torch.cuda.get_device_capability()[0], 9), 64, 16)
+    chosen = plan.CONFIGS[key]
+    others = [chosen._replace(stages=3), chosen._replace(hidden=32)]
+    others += [chosen._replace(rows=128, warps=8, hidden=32)]
+    parts = problem("small", 64)
+    usual = build("fused fp16x3", parts)
+    points = poll_block(usual.flat, 0, 512)
+    expected = usual.losses(*points)
+    for config in others:
+        plan.CONFIGS[key] = config
+        try:
+            objective = build("fused fp16x3", parts)
+            error = (objective.losses(*points) - expected).abs().max().item()
+            if not error < 1e-5:
+                raise ValueError(f"{config} is off by {error}")
+            device_time(run, objective, "small", 64, f"fused fp16x3 {tuple(config)}")
+        finally:
+            plan.CONFIGS[key] = chosen
+
+
+def table(data: dict) -> str:
+    """Rows with ratios to the baselines of this run, then the gate, then the failures."""
+    base = {(r["size"], r["batch"], r["backend"]): r for r in data["rows"] if r["regime"] == "any"}
+    batched = {
+        (r["size"], r["batch"], r["regime"]): r for r in data["rows"] if r["backend"] == "batched"
+    }
+    lines = ["; ".join(f"{key} {value}" for key, value in data["machine"].items()), ""]
+    if data["dry_run"]:
+        lines.insert(0, "DRY RUN on the CPU, a tiny model, interpreted: these numbers mean nothing")
+    lines.append(
+        f"{'size':7} {'B':>3} {'regime':14} {'backend':14} {'us/point':>10} {'points/s':>12} "
+        f"{'poll ms':>9} {'us/accept':>10} {'/ref':>8} {'/serial':>8} {'/batched':>8} {'MiB':>8}"
+    )
+    for row in data["rows"]:
+        key = (row["size"], row["batch"])
+        ratios = []
+        for other in (
+            base.get((*key, "reference")),
+            base.get((*key, "serial loop")),
+            batched.get((*key, row["regime"])),
+        ):
+            ratio = other["us_per_point"] / row["us_per_point"] if other else None
+            ratios.append(f"{ratio:.1f}" if ratio else "-")
+        lines.append(
+            f"{row['size']:7} {row['batch']:3} {row['regime']:14} {row['backend']:14} "
+            f"{row['us_per_point']:10.3f} {row['points_per_second']:12.0f} "
+            f"{_cell(row, 'whole_poll_ms', 9)} {_cell(row, 'us_per_accept', 10)} "
+            + " ".join(f"{ratio:>8}" for ratio in ratios)
+            + f" {_cell(row, 'peak_MiB', 8)}"
+        )
+    lines += ["", "against float64 (largest error of a loss change; accept/reject flips)"]
+    for g in data["gate"]:
+        lines.append(
+            f"{g['size']:7} {g['batch']:3} {g['weights']:8} radius {g['radius']:<6g} "
+            f"{g['backend']:14} {g['largest_error']:.2e}  {g['flips']:4} of {g['points']} flips"
+            + ("" if g["ok"] else "  FAILED")
+        )
+    failed = [s for s in data["stages"] if not s["ok"]]
+    lines += ["", f"{len(failed)} of {len(data['stages'])} stages failed or were skipped"]
+    lines += [f"  {s['stage']}: {s['error']}" for s in failed]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict, key: str, width: int) -> str:
+    return f"{row[key]:{width}.1f}" if key in row else " " * (width - 1) + "-"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--seconds", type=float, default=420.0, help="start no stage after these")
+    parser.add_argument("--dry-run", action="store_true")
+    args = parser.parse_args()
+    if not DRY and not torch.cuda.is_available():
+        print("no CUDA device; --dry-run checks this program on the CPU", file=sys.stderr)
+        return 2
+    run = Run(args.out, args.seconds)
+    small, sizes = ("tiny", ["tiny"]) if DRY else ("small", ["small", "medium", "large"])
+    batches = (2,) if DRY else (4, 64)
+
+    run.stage("the first number: clean eager loop", eager_loop, run, small, batches[0])
+    count = 6 if DRY else 400
+    for weights in ("fresh", "trained"):
+        for radius in (0.1,) if DRY else (0.1, 0.01, 0.001):
+            run.stage(
+                f"gate {weights} {radius:g}", gate, run, small, batches[0], weights, radius, count
+            )
+    for size in sizes:
+        if size != small:
+            run.stage(f"gate {size}", gate, run, size, batches[0], "fresh", 0.1, 100)
+    usable = [backend for backend in backends() if passed(run, backend)]
+    print(f"passed the gate: {usable}")
+
+    for size in sizes:
+        for batch in batches:
+            if (size, batch) != (small, batches[0]):
+                run.stage(f"eager {size} B={batch}", eager_loop, run, size, batch)
+            run.stage(f"reference {size} B={batch}", reference_step, run, size, batch)
+            regimes = (1e-3, 0.4) if size == small else ()
+            for backend in ("fused fp16x3", "batched", "graph"):
+                if backend in usable:
+                    measure(run, backend, size, batch, regimes)
+    if "fused fp16x3" in usable and not DRY:
+        run.stage("tiles", tiles, run)
+    for mode in MODES[1:]:
+        if f"fused {mode}" in usable:
+            measure(run, f"fused {mode}", small, batches[0], ())
+    run.save()
+    print((args.out / "gpu.txt").read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
