@@ -19,7 +19,7 @@ def train(config) -> None:
 
     for not_of_use in (".*does not have many workers.*", ".*LeafSpec.*is deprecated.*"):
         warnings.filterwarnings("ignore", message=not_of_use)
-    logging.getLogger("lightning.pytorch").propagate = False  # Hydra's would say it all again
+    logging.getLogger("lightning").propagate = False  # Hydra's would say it all again
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
