@@ -1,6 +1,7 @@
 """Pattern search for PyTorch models: training without gradients."""
 
 from psfast.data import StateTrackingDataset, parity
+from psfast.loop import fit
 from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
 from psfast.objectives import Objective, objective
 from psfast.optimizer import PatternSearch, PollReport
@@ -16,6 +17,7 @@ __all__ = [
     "PollReport",
     "ReferencePatternSearch",
     "StateTrackingDataset",
+    "fit",
     "objective",
     "parity",
 ]
