@@ -1,0 +1,141 @@
+"""Trial points a second of every backend, in three regimes, beside the three baselines.
+
+Each case checks its losses against the float64 serial ones before it is timed.
+"""
+
+import time
+from functools import partial
+
+import pytest
+import torch
+from bench_step import Interrupted, with_backward
+from harness import (
+    ForcedOutcomes,
+    agreement,
+    forced,
+    poll_block,
+    serial_accepts,
+    serial_loop,
+    state_tracking,
+)
+
+import psfast
+from psfast.flat import FlatParameters
+
+BACKENDS = ["serial", "batched", "fused"]
+CASES = [("small", 4), ("small", 64), ("medium", 4), ("large", 4)]
+REGIMES = {"complete poll": 0.0, "p = 0.001": 1e-3, "p = 0.4": 0.4}
+# Most trial points of a case: a complete poll for the fast ones, a piece of it for the others.
+POINTS = {"serial": 600, "batched": 16_384, "fused": 242_892}
+TOLERANCE = 2e-5
+
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ),
+]
+pytestmark = pytest.mark.parametrize("device", DEVICES)
+
+
+def name(size, batch, device):
+    return f"{size}, B = {batch}, T = 16, {device}"
+
+
+def build(backend, size, batch, device):
+    """The objective, after its losses are found right; skips, by name, what is not there."""
+    model, criterion, inputs, targets = state_tracking(size, batch, device=device)
+    try:
+        objective = psfast.objective(model, criterion, inputs, targets, backend=backend)
+    except ValueError as reason:
+        pytest.skip(f"{backend}: {reason}")
+    exact = state_tracking(size, batch, dtype=torch.float64)
+    error = agreement(objective, psfast.objective(*exact, backend="serial"))
+    assert error < TOLERANCE, f"{backend} is off by {error}: no timing of wrong losses"
+    return objective
+
+
+def points_of(backend, size, batch, regime, quick):
+    if quick:
+        return 64
+    points = POINTS[backend]
+    if regime == "p = 0.4":
+        points = min(points, 1_000)
+    elif (size, batch) != ("small", 4):
+        points = points // 10
+    return points
+
+
+@pytest.fixture
+def quick(request):
+    return request.config.getoption("benchmark_disable")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size, batch", CASES)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_backend(measure, quick, regime, size, batch, backend, device):
+    if quick and (size, batch) != ("small", 4):
+        pytest.skip("one size is enough without timing")
+    objective = build(backend, size, batch, device)
+    points = points_of(backend, size, batch, regime, quick)
+    outcomes = ForcedOutcomes(objective, REGIMES[regime])
+    optimizer = psfast.PatternSearch(objective.params, radius=1e-3, max_evaluations=points)
+
+    def run():
+        left = outcomes.position + points
+        while outcomes.position < left:
+            optimizer.max_evaluations = left - outcomes.position
+            optimizer.step(outcomes)
+
+    measure(f"poll {regime}", name(size, batch, device), backend, run, points)
+
+
+@pytest.mark.parametrize("size, batch", CASES)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_serial_loop(measure, quick, regime, size, batch, device):
+    if quick and (size, batch) != ("small", 4):
+        pytest.skip("one size is enough without timing")
+    model, criterion, inputs, targets = state_tracking(size, batch, device=device)
+    flat = FlatParameters(list(model.parameters()))
+    points = points_of("serial", size, batch, regime, quick)
+    block = poll_block(flat, 0, points, radius=1e-3)
+
+    def closure():
+        return criterion(model(inputs), targets)
+
+    if REGIMES[regime]:
+        accepted = [forced(position, REGIMES[regime]) for position in range(points)]
+        run = partial(serial_accepts, closure, flat, block, accepted)
+    else:
+        run = partial(serial_loop, closure, flat, *block, below=0.0)
+    measure(
+        f"poll {regime}", name(size, batch, device), "serial loop", lambda: run() and None, points
+    )
+
+
+@pytest.mark.parametrize("size, batch", CASES[:2])
+def test_reference(measure, quick, size, batch, device):
+    """The reference's step in a complete poll, whose one shuffle is left out of this piece."""
+    model, criterion, inputs, targets = state_tracking(size, batch, device=device)
+    started, calls, count = 0.0, 0, 20 if quick else 150
+
+    def closure():
+        nonlocal started, calls
+        calls += 1
+        if calls == 2:
+            started = time.perf_counter()
+        if calls == count + 2:
+            raise Interrupted
+        return with_backward(model, lambda: criterion(model(inputs), targets)) * 0.0 + 1.0
+
+    def run():
+        nonlocal calls
+        calls = 0
+        with pytest.raises(Interrupted):
+            psfast.ReferencePatternSearch(model.parameters(), radius=0.1).step(closure)
+        return time.perf_counter() - started
+
+    measure("poll complete poll", name(size, batch, device), "reference", run, count)
