@@ -9,8 +9,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -152,15 +153,15 @@ def report(chosen: Iterable[Case]) -> list[str]:
     print(f"triton {triton.__version__}; spill: bytes of spill stores and loads")
     print(f"{'chip':5} {'kernel':46} {'warps':>5} {'regs':>5} {'spill':>6} {'shared':>8}")
     faults, chosen = [], list(chosen)
-    with ProcessPoolExecutor() as pool:
-        results = list(pool.map(compile_case, chosen))
-    for case, result in zip(chosen, results, strict=True):
-        found = result.faults(case)
-        faults += [f"sm_{case.arch} {case.name}: {fault}" for fault in found]
-        print(
-            f"sm_{case.arch} {case.name:46} {case.warps:5} {result.registers:5} "
-            f"{result.spill:6} {result.shared:8} {'; '.join(found)}".rstrip()
-        )
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for case, result in zip(chosen, pool.map(compile_case, chosen), strict=True):
+            found = result.faults(case)
+            faults += [f"sm_{case.arch} {case.name}: {fault}" for fault in found]
+            print(
+                f"sm_{case.arch} {case.name:46} {case.warps:5} {result.registers:5} "
+                f"{result.spill:6} {result.shared:8} {'; '.join(found)}".rstrip(),
+                flush=True,
+            )
     return faults
 
 

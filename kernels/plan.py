@@ -229,10 +229,17 @@ class TransformerPlan:
     def refresh(self, cache: Cache, params: Tensor, rows: Rows) -> Tensor:
         """Fill ``cache`` at ``params`` (N,); returns the loss there, (1,) float64."""
         size = len(self.order)
-        grid = (-(-size // 1024),)
-        kernel.pack[grid](
-            params, self.order, cache.w, cache.hi, cache.lo, size, SCALE=WEIGHT_SCALE, BLOCK=1024
-        )
+        with torch.cuda.device_of(params):
+            kernel.pack[(-(-size // 1024),)](
+                params,
+                self.order,
+                cache.w,
+                cache.hi,
+                cache.lo,
+                size,
+                SCALE=WEIGHT_SCALE,
+                BLOCK=1024,
+            )
         none = cache.summed  # of the right device, and never read
         self._launch((1, rows.groups), none, none, cache.summed, params, cache, rows, 1, cache=True)
         zero = torch.zeros(1, rows.groups, dtype=torch.float32, device=self.device)
@@ -275,36 +282,37 @@ class TransformerPlan:
             self._run(grid, index, delta, out, params, tensors, rows, K, FALLBACK, cache, True)
 
     def _run(self, grid, index, delta, out, params, tensors, rows, K, mode, cache, repair) -> None:
-        kernel.evaluate[grid](
-            index,
-            delta,
-            out,
-            params,
-            tensors.w,
-            tensors.hi,
-            tensors.lo,
-            self.table,
-            rows.about,
-            rows.keep,
-            tensors.x,
-            tensors.qkv,
-            tensors.columns,
-            tensors.nll,
-            self._staged(grid),
-            K,
-            rows.groups * self.config.rows,
-            self.n_params,
-            self.sizes.n_layers,
-            self.token_offset,
-            self.position_offset,
-            self.eps,
-            self.score_scale,
-            rows.inv_keep,
-            **constants(self.sizes, self.config, mode, cache=cache, repair=repair),
-            num_warps=self.config.warps,
-            num_stages=self.config.stages,
-            enable_fp_fusion=True,
-        )
+        with torch.cuda.device_of(params):
+            kernel.evaluate[grid](
+                index,
+                delta,
+                out,
+                params,
+                tensors.w,
+                tensors.hi,
+                tensors.lo,
+                self.table,
+                rows.about,
+                rows.keep,
+                tensors.x,
+                tensors.qkv,
+                tensors.columns,
+                tensors.nll,
+                self._staged(grid),
+                K,
+                rows.groups * self.config.rows,
+                self.n_params,
+                self.sizes.n_layers,
+                self.token_offset,
+                self.position_offset,
+                self.eps,
+                self.score_scale,
+                rows.inv_keep,
+                **constants(self.sizes, self.config, mode, cache=cache, repair=repair),
+                num_warps=self.config.warps,
+                num_stages=self.config.stages,
+                enable_fp_fusion=True,
+            )
 
     def _staged(self, grid: tuple[int, int]) -> Tensor:
         """Where the programs of a launch put their normalised rows; one element if nowhere."""
@@ -317,9 +325,10 @@ class TransformerPlan:
     def _reduce(self, cache: Cache, partial: Tensor, rows: Rows) -> Tensor:
         K = len(partial)
         loss = torch.empty(K, dtype=torch.float64, device=self.device)
-        kernel.reduce_losses[(-(-K // 128),)](
-            cache.summed, partial, loss, K, rows.groups, float(rows.count), BLOCK=128
-        )
+        with torch.cuda.device_of(partial):
+            kernel.reduce_losses[(-(-K // 128),)](
+                cache.summed, partial, loss, K, rows.groups, float(rows.count), BLOCK=128
+            )
         return loss
 
 

@@ -43,6 +43,8 @@ class FusedCudaObjective(Objective):
         _check_model(model, criterion, params)
         super().__init__(params)
         try:
+            from triton.errors import TritonError
+
             from psfast.kernels import plan
         except ImportError as error:
             raise ValueError(f"the fused backend on a GPU needs triton: {error}") from error
@@ -50,7 +52,7 @@ class FusedCudaObjective(Objective):
             raise ValueError(f"precision must be one of {plan.MODES}, got {precision!r}")
         self.model, self.criterion = model, criterion
         self.precision, self.seed = precision, seed
-        self._kernels = plan
+        self._kernels, self._errors = plan, TritonError
         self._fixed = [p for p in model.parameters() if not any(p is q for q in self.params)]
         self._plan = self._cache = self._trial_cache = None
         self.set_batch(inputs, targets)
@@ -87,8 +89,8 @@ class FusedCudaObjective(Objective):
         self._refresh()
 
     def set_batch(self, inputs: Tensor, targets: Tensor, *, seed: int | None = None) -> None:
-        self.seed = self.seed if seed is None else seed
         _check_batch(self.model, inputs, targets, self.criterion)
+        self.seed = self.seed if seed is None else seed
         self.inputs, self.targets = inputs, targets
         block = self.model.blocks[0]
         dropout = block.ff[3].p if block.ff[3].training else 0.0
@@ -101,7 +103,8 @@ class FusedCudaObjective(Objective):
             positions=self._kernels.padded_positions(inputs.shape[1]),
             dropout=dropout > 0,
         )
-        if self._plan is None or self._plan.sizes != sizes:
+        new = self._plan is None or self._plan.sizes != sizes
+        if new:
             config = self._kernels.choose_config(sizes, _capability(inputs.device))
             if config is None:
                 raise ValueError(
@@ -122,7 +125,14 @@ class FusedCudaObjective(Objective):
             self._cache, self._trial_cache = self._plan.new_cache(rows), None
         self._rows = rows
         self.flat.changed()
-        self._refresh()
+        try:
+            self._refresh()
+            if new:  # compile what evaluates blocks now, not in the middle of a poll
+                zero = torch.zeros(1, dtype=torch.int64, device=inputs.device)
+                self._plan.losses(self._cache, self._values, rows, zero, zero.float())
+        except self._errors as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(f"the kernels do not run on this device: {reason}") from error
 
     def _follow(self) -> None:
         if self.flat.changed():
