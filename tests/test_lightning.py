@@ -393,6 +393,13 @@ def test_a_task_refuses_what_is_no_model_and_no_radius():
         PatternSearchTask(nn.Linear(1, 1), evaluations_per_batch=0)
 
 
+def test_a_batch_without_supervised_positions_is_refused(tmp_path):
+    nothing = [{"x": torch.ones(4, dtype=torch.int64), "y": torch.full((4,), 100)}]
+    data = StateTrackingDataModule(nothing)
+    with pytest.raises(ValueError, match="no supervised position"):
+        trainer(tmp_path, limit_val_batches=0).fit(small_transformer(), datamodule=data)
+
+
 def test_a_standalone_transformer_comes_back_from_its_checkpoint(tmp_path):
     module = small_transformer(radius=0.05, expand=2.0, max_evaluations=5)
     fit = trainer(tmp_path, max_epochs=1)

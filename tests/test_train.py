@@ -114,6 +114,7 @@ def test_the_custom_configuration_of_the_document(here):
         "model.n_layers=2",
         "datamodule.batch_size=8",
         "train_dataset.n_samples=500",
+        "train_dataset.seq_len=[4,8]",
         "task.pattern_search_radius=0.01",
         "logger=none",
     )
