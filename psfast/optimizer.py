@@ -183,7 +183,7 @@ class PatternSearch(torch.optim.Optimizer):
             size = self._block_size(before)
             if size < 1:
                 break
-            index, delta, place = self._block(self._poll.position, size)
+            index, delta, place = self._block(size)
             losses = self._losses(objective, index, delta)
             points = self._points(index, delta, place, losses)
             decision = self._decide(objective, losses, points)
@@ -265,8 +265,7 @@ class PatternSearch(torch.optim.Optimizer):
         if self.max_evaluations is not None:
             left = min(left, before.evaluations + self.max_evaluations - poll.evaluations)
         if self.search is not None:
-            W = len(self._current_window().index)
-            return min(self.block_size or _SEARCH_BLOCK, W, 2 * W - poll.window_tried, left)
+            return min(self.block_size or _SEARCH_BLOCK, left)
         left = min(left, total - poll.position)
         if self.block_size is not None:
             return min(self.block_size, left)
@@ -277,12 +276,12 @@ class PatternSearch(torch.optim.Optimizer):
         timely = int(_BLOCK_SECONDS / self._seconds_per_point)
         return min(search.block_size(poll), left, max(1, timely), _LARGEST_BLOCK)
 
-    def _block(self, start: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _block(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Poll entries as (index, delta), and with a search their places in the working set."""
         if self.search is None:
-            return *self._poll_entries(start, count), None
+            return *self._poll_entries(self._poll.position, count), None
         window = self._current_window()
-        place, sign = search_simplex.window_entries(window, start, count)
+        place, sign = search_simplex.window_entries(self.seed, window, self._poll, count)
         index = window.index[place]
         return index, sign * self._radius_of(index), place
 

@@ -31,7 +31,8 @@ class PollState(NamedTuple):
     incumbent: the incumbent's loss, or None before the first step
     mean_gap: running mean of the trial points between two accepted ones
     window: number of the working set that is polled (``psfast.search_simplex``)
-    window_tried: how many of the tried ones are its
+    window_tried: how many of the tried ones are its, in this lap
+    lap: rounds over its 2W trial points that were completed
     """
 
     order: int = 0
@@ -44,6 +45,7 @@ class PollState(NamedTuple):
     mean_gap: float = 1.0
     window: int = 0
     window_tried: int = 0
+    lap: int = 0
 
 
 class Decision(NamedTuple):

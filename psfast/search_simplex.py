@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from psfast.checks import check_count, check_number
-from psfast.search import Decision, PollState, advance, poll_order
+from psfast.search import Decision, PollState, advance, derive_seed, poll_order
 
 
 @dataclass(frozen=True)
@@ -92,16 +91,20 @@ def new_window(
     return Window(number, index, zeros, zeros, zeros)
 
 
-def window_entries(window: Window, position: int, count: int) -> tuple[Tensor, Tensor]:
-    """Places in the working set and signs (count,) of its poll's next trial points.
+def window_entries(seed: int, window: Window, state: PollState, most: int) -> tuple[Tensor, Tensor]:
+    """Places in the working set and signs (K,), K <= ``most``, of its poll's next trial points.
 
-    The 2W trial points are two rounds over the W coordinates, the second with the opposite
-    signs, so that the curvature in one-sided differences cancels in a coordinate's mean. A
-    block of up to W of them, also across the end of the poll, has distinct coordinates.
+    The 2W trial points of a lap are two rounds over the W coordinates, the second with the
+    opposite signs, so that the curvature in one-sided differences cancels in a coordinate's
+    mean. A block lies in one round, so its coordinates are distinct. Each round has an order
+    of its own: fixed blocks learn worse, as the same coordinates then always move together.
     """
     W = len(window.index)
-    entry = (torch.arange(count, device=window.index.device) + position) % (2 * W)
-    place, second = entry % W, entry // W
+    second, start = divmod(state.position, W)
+    n_blocks = -(-(W - start) // most)
+    count = -(-(W - start) // n_blocks)  # equal blocks, not full ones and a small rest
+    order_seed = derive_seed(seed, state.order, window.number)
+    place = poll_order(order_seed, 2 * state.lap + second, start, count, W, window.index.device)
     return place, 1 - 2 * ((place + second) & 1)
 
 
@@ -146,14 +149,17 @@ def advance_window(
     """``psfast.search.advance`` for a poll that goes working set by working set.
 
     window_total: 2W; total: 2N. The next working set is taken up when all 2W trial points of
-    this one have failed at one incumbent, radius and objective; the poll fails when those of
-    all have. The permutation stays then, so that what is known of the slopes is kept.
+    a lap have failed at one incumbent, radius and objective; the poll fails when those of all
+    have. A lap that began before the last success proves nothing, the next one starts anew.
     """
     after, failed = advance(state, decision, total)
-    if failed:
-        return after._replace(order=state.order), True
+    if failed:  # the permutation stays, so that what is known of the slopes is kept
+        return after._replace(order=state.order, lap=state.lap + 1), True
     tried = 0 if decision.success else state.window_tried + decision.decided
-    if tried < window_total:
-        position = (state.position + decision.decided) % window_total
+    position = state.position + decision.decided
+    if position < window_total:
         return after._replace(position=position, window_tried=tried), False
-    return after._replace(position=0, window=state.window + 1, window_tried=0), False
+    after = after._replace(position=0, lap=state.lap + 1, window_tried=0)
+    if tried == window_total:
+        return after._replace(window=state.window + 1), False
+    return after._replace(tried=max(0, after.tried - tried)), False
