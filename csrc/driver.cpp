@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <numeric>
+#include <cstdlib>
+#include <string>
+#include <utility>
 
 namespace psfast {
 namespace {
@@ -65,12 +67,12 @@ double head_change(const Context<R>& c, const Trial<R>& t) {
 }  // namespace
 
 template <class R>
-R incumbent_loss(const Context<R>& c) {
-  return static_cast<R>(*c.total_loss() / static_cast<double>(c.batch->count));
+double incumbent_loss(const Context<R>& c) {
+  return *c.total_loss() / static_cast<double>(c.batch->count);
 }
 
 template <class R>
-void losses(const Context<R>& c, const int64_t* index, const R* delta, int64_t K, R* out) {
+void losses(const Context<R>& c, const int64_t* index, const R* delta, int64_t K, double* out) {
   const Sizes& s = c.s;
   const Evaluator<R>& run = evaluator<R>();
 
@@ -145,7 +147,7 @@ void losses(const Context<R>& c, const int64_t* index, const R* delta, int64_t K
   for (int64_t k = 0; k < K; ++k) {
     double sum = 0;
     for (int64_t b = 0; b < s.B; ++b) sum += change[k * s.B + b];
-    out[k] = static_cast<R>((total + sum) / count);
+    out[k] = (total + sum) / count;
   }
 }
 
@@ -183,8 +185,8 @@ void refresh(const Context<R>& c, const int64_t* changed, int64_t count) {
 }
 
 #define PSFAST_INSTANTIATE(R)                                                        \
-  template R incumbent_loss<R>(const Context<R>&);                                   \
-  template void losses<R>(const Context<R>&, const int64_t*, const R*, int64_t, R*); \
+  template double incumbent_loss<R>(const Context<R>&);                                   \
+  template void losses<R>(const Context<R>&, const int64_t*, const R*, int64_t, double*); \
   template void refresh<R>(const Context<R>&, const int64_t*, int64_t);
 PSFAST_INSTANTIATE(float)
 PSFAST_INSTANTIATE(double)

@@ -7,7 +7,7 @@ namespace psfast {
 
 // The losses of trial points: losses[k] at weights[index[k]] + delta[k], else as they are.
 template <class R>
-void losses(const Context<R>& c, const int64_t* index, const R* delta, int64_t K, R* losses);
+void losses(const Context<R>& c, const int64_t* index, const R* delta, int64_t K, double* losses);
 
 // Prepares weights and the incumbent's activations again after the coordinates `changed` were
 // written; all of them for changed = nullptr.
@@ -15,6 +15,6 @@ template <class R>
 void refresh(const Context<R>& c, const int64_t* changed, int64_t count);
 
 template <class R>
-R incumbent_loss(const Context<R>& c);
+double incumbent_loss(const Context<R>& c);
 
 }  // namespace psfast

@@ -114,13 +114,12 @@ int64_t fused_workspace_size(std::vector<int64_t> sizes, int64_t B, int64_t T,
 Tensor fused_refresh(Tensor weights, Tensor tokens, Tensor targets, std::optional<Tensor> mask,
                      Tensor workspace, std::vector<int64_t> sizes, double eps,
                      std::optional<Tensor> changed) {
-  Tensor loss = torch::stable::new_empty(weights, {});
+  Tensor loss = torch::stable::new_empty(weights, {}, ScalarType::Double);
   with_problem(weights, tokens, targets, mask, workspace, sizes, eps, [&](const auto& c) {
-    using R = std::remove_cv_t<std::remove_pointer_t<decltype(c.space)>>;
     if (changed) check_index(*changed, "changed", weights.numel());
     psfast::refresh(c, changed ? static_cast<const int64_t*>(changed->data_ptr()) : nullptr,
                     changed ? changed->numel() : 0);
-    *static_cast<R*>(loss.data_ptr()) = psfast::incumbent_loss(c);
+    *static_cast<double*>(loss.data_ptr()) = psfast::incumbent_loss(c);
   });
   return loss;
 }
@@ -132,12 +131,12 @@ Tensor fused_losses(Tensor weights, Tensor tokens, Tensor targets, std::optional
   check(delta, "delta", weights.scalar_type(), 1);
   STD_TORCH_CHECK(index.numel() == delta.numel(), "index and delta must have the same length, got ",
                   index.numel(), " and ", delta.numel());
-  Tensor losses = torch::stable::new_empty(weights, {index.numel()});
+  Tensor losses = torch::stable::new_empty(weights, {index.numel()}, ScalarType::Double);
   with_problem(weights, tokens, targets, mask, workspace, sizes, eps, [&](const auto& c) {
     using R = std::remove_cv_t<std::remove_pointer_t<decltype(c.space)>>;
     psfast::losses(c, static_cast<const int64_t*>(index.data_ptr()),
                    static_cast<const R*>(delta.data_ptr()), index.numel(),
-                   static_cast<R*>(losses.data_ptr()));
+                   static_cast<double*>(losses.data_ptr()));
   });
   return losses;
 }

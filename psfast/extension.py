@@ -58,9 +58,10 @@ def load() -> str | None:
 def status() -> tuple[bool, str]:
     """Whether the fused evaluator is ready, and how, or why not. Compiles nothing."""
     built = _built_library()
-    if built is None and not _cannot_build() and not _cached_library().exists():
+    reason = None if built else _cannot_build()
+    if not built and not reason and not _cached_library().exists():
         return True, f"not built yet: compiled at first use with {_compiler()}"
-    reason = load()
+    reason = reason or load()
     if reason:
         return False, reason
     import torch

@@ -77,7 +77,7 @@ def fused_plan(
 
 
 def fused_refresh(weights: Tensor, plan: FusedPlan, changed: Tensor | None = None) -> Tensor:
-    """The incumbent's loss, a scalar; brings ``plan.workspace`` up to date with ``weights``.
+    """The incumbent's loss, a float64 scalar; brings ``plan.workspace`` up to date with ``weights``.
 
     weights: (N,), all of the model's parameters in the order of ``model.parameters()``
     changed: (M,) int64, the elements written since the last refresh; None for any of them
@@ -88,7 +88,7 @@ def fused_refresh(weights: Tensor, plan: FusedPlan, changed: Tensor | None = Non
 def fused_losses(weights: Tensor, plan: FusedPlan, index: Tensor, delta: Tensor) -> Tensor:
     """The losses of K trial points, each ``weights`` plus ``delta[k]`` at ``index[k]``.
 
-    index: (K,) int64 in [0, N); delta: (K,) of the weights' dtype -> (K,) of the weights' dtype
+    index: (K,) int64 in [0, N); delta: (K,) of the weights' dtype -> (K,) float64
     """
     return torch.ops.psfast.fused_losses(weights, *plan.arguments(), index, delta)
 
@@ -103,8 +103,8 @@ def _loaded() -> str | None:
 
 
 def _fake_refresh(weights, tokens, targets, mask, workspace, sizes, eps, changed):
-    return weights.new_empty(())
+    return weights.new_empty((), dtype=torch.float64)
 
 
 def _fake_losses(weights, tokens, targets, mask, workspace, sizes, eps, index, delta):
-    return weights.new_empty(index.shape)
+    return weights.new_empty(index.shape, dtype=torch.float64)

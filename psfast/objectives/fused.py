@@ -21,6 +21,7 @@ class FusedObjective(Objective):
     params: those that ``index`` counts through, in order; default: all trainable ones
     seed: of the dropout mask, the one that a forward pass under this seed would draw
 
+    Losses are float64, also where the model is float32: the incumbent's plus the difference.
     A trial point that cannot change the loss has the incumbent's, bitwise; any other's has the
     same bits whatever its block, its place there and the number of threads.
 
@@ -103,9 +104,10 @@ class FusedObjective(Objective):
                 f"index must lie in [0, {self.flat.size}), "
                 f"got values from {int(index.min())} to {int(index.max())}"
             )
+        index = index.contiguous()
         if self._shift is not None:
             index = index + self._shift[torch.bucketize(index, self._bounds, right=True)]
-        return index.contiguous(), delta.to(self.flat.buffer.dtype).contiguous()
+        return index, delta.to(self.flat.buffer.dtype).contiguous()
 
     def _follow(self) -> None:
         if self.flat.changed() or (self._frozen and self._frozen_stamp != self._stamp_frozen()):
