@@ -84,6 +84,16 @@ def stack(x, K: int) -> Tensor:
     return x.tensor if isinstance(x, Batch) else x.expand(K, *x.shape)
 
 
+@rule(aten._weight_norm_interface.default, aten._embedding_bag_forward_only.default)
+def one_by_one(node: Node, K: int, *args):
+    """K calls: for ops that cannot be stacked, and where each trial point has a weight of its
+    own: then they alone have the incumbent's bits, which come from one call for all K."""
+    outs = [node.op(*(a.tensor[k] if isinstance(a, Batch) else a for a in args)) for k in range(K)]
+    if isinstance(outs[0], tuple):
+        return tuple(torch.stack(parts) for parts in zip(*outs, strict=True))
+    return torch.stack(outs)
+
+
 # --- one value after another --------------------------------------------------------------
 
 
@@ -224,6 +234,12 @@ def _ends_with_dim(node: Node, args: tuple) -> bool:
     return len(args) == (1 if node.op is aten.unbind.int else 2)
 
 
+@rule(aten.copy.default)
+def _copy(node, K, x, source, non_blocking=False):
+    like = stack(x, K)
+    return align(source, like.ndim - 1).to(like.dtype).expand(like.shape)
+
+
 @rule(aten.cat.default)
 def _cat(node, K, tensors, dim=0):
     return torch.cat([stack(t, K) for t in tensors], shift(dim))
@@ -249,6 +265,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _mm(node, K, x, weight):
     if isinstance(x, Batch) and not isinstance(weight, Batch) and weight_like(node, 1):
         return product(x.tensor, weight)
+    if weight_like(node, 1) and node.value.shape[0] > 1:
+        return one_by_one(node, K, x, weight)
     return torch.bmm(stack(x, K), stack(weight, K))
 
 
@@ -260,6 +278,8 @@ def _addmm(node, K, bias, x, weight, *, beta=1, alpha=1):
         if not isinstance(bias, Batch) and bias.ndim == 1:
             return product(x.tensor, weight, bias)
         return product(x.tensor, weight) + align(bias, 2)
+    if weight_like(node, 2) and node.value.shape[0] > 1:
+        return one_by_one(node, K, bias, x, weight)
     return torch.bmm(stack(x, K), stack(weight, K)) + align(bias, 2)
 
 
@@ -300,16 +320,17 @@ def images(x: Tensor) -> Tensor:
 
 @rule(aten.convolution.default)
 def _convolution(node, K, x, weight, bias, *args):
-    if not isinstance(x, Batch) or isinstance(weight, Batch) or isinstance(bias, Batch):
-        return NotImplemented
-    if node.value.ndim != node.value.ndim or x.tensor.ndim != weight.ndim + 1:
+    if isinstance(weight, Batch) or isinstance(bias, Batch):
+        return one_by_one(node, K, x, weight, bias, *args)
+    if x.tensor.ndim != weight.ndim + 1:
         return NotImplemented
     out = node.op(images(x.tensor), weight, bias, *args)
     return out.view(K, -1, *out.shape[1:])
 
 
 @rule(
-    aten.max_pool2d_with_indices.default, aten.avg_pool2d.default, aten._adaptive_avg_pool2d.default,
+    aten.max_pool2d_with_indices.default, aten.avg_pool2d.default,
+    aten._adaptive_avg_pool2d.default,
 )  # fmt: skip
 def _pool(node, K, x, *args):
     if x.tensor.ndim != 5:
@@ -336,17 +357,28 @@ def _layer_norm(node, K, x, shape, weight, bias, eps):
 
 @rule(aten.native_batch_norm.default)
 def _batch_norm(node, K, x, weight, bias, mean, var, training, momentum, eps):
-    weight, bias = (None if v is None else stack(v, K).reshape(-1) for v in (weight, bias))
-    if training:
-        mean = var = None  # written to by the op, and not part of the output
-    else:
-        mean, var = mean.repeat(K), var.repeat(K)
-    t = stack(x, K)
-    t = t.transpose(0, 1)
-    channels = t.reshape(t.shape[0], -1, *t.shape[3:])
-    out = torch.batch_norm(channels, weight, bias, mean, var, training, momentum, eps, False)
-    out = out.view(t.shape[0], K, -1, *out.shape[2:])
-    return (out.transpose(0, 1), None, None)
+    weight, bias, mean, var = (
+        v.tensor if isinstance(v, Batch) else None if v is None else v.unsqueeze(0)
+        for v in (weight, bias, mean, var)
+    )
+    return (batch_norm(stack(x, K), weight, bias, mean, var, training, eps), None, None)
+
+
+def batch_norm(x: Tensor, weight, bias, mean, var, training: bool, eps: float) -> Tensor:
+    """x: (K, N, C, ...); the others (K or 1, C) or None -> as x
+
+    One channel of one trial point is one row of the sums: its bits depend on no other row.
+    """
+    shape = [-1, 1, x.shape[2], *[1] * (x.ndim - 3)]
+    if training or mean is None:
+        rows = x.transpose(1, 2).flatten(2).contiguous()
+        mean = rows.mean(2)
+        rows = rows - mean.unsqueeze(2)
+        var = rows.mul_(rows).mean(2)
+    scale = (var + eps).rsqrt_()
+    scale = scale if weight is None else scale * weight
+    out = (x - mean.view(shape)).mul_(scale.view(shape))
+    return out if bias is None else out.add_(bias.view(shape))
 
 
 for name in ("_native_batch_norm_legit_functional", "_batch_norm_with_update_functional"):

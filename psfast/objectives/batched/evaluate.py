@@ -105,6 +105,8 @@ class Evaluator:
         for node in self.moving:
             if _RANDOM in getattr(node.op, "tags", ()) and not _draws_nothing(node):
                 raise ValueError(f"{node.op} draws random numbers from values that change")
+            if node.dynamic and any(graph.nodes[i].depends for i in node.dynamic):
+                raise ValueError(f"the shape of {node.op}'s result depends on the parameters")
         self.plans = [
             Plan(i, [n for n in self.moving if i in n.depends and n.number in live])
             for i in range(len(params))
@@ -131,7 +133,7 @@ class Evaluator:
 
     def read_state(self, state: list[Tensor]) -> None:
         """Look at these parameters and buffers from now on (a module may have replaced them)."""
-        for (number, old), new in zip(self.graph.state.items(), state, strict=True):
+        for number, new in zip(self.graph.state, state, strict=True):
             self.graph.nodes[number].value = new.detach() if number in self.trained else new
 
     def draw(self, tensors: list[Tensor], seed: int, device: torch.device) -> None:

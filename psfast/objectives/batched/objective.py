@@ -69,12 +69,13 @@ class BatchedObjective(Objective):
     def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
         check_block(index, delta, self.flat.size)
         self._bring_up_to_date()
-        index, delta = index.to(self.device), self._rounded(index.to(self.device), delta)
+        index = index.to(self.device)
         number = torch.bucketize(index, self._stops, right=True)
         order = torch.argsort(number, stable=True)
         counts = torch.bincount(number, minlength=len(self.params)).tolist()
         if len(counts) > len(self.params) or (len(index) and index.min() < 0):
             raise IndexError(f"index must lie in [0, {self.flat.size}), got {index.tolist()}")
+        delta = self._rounded(index, delta)
         losses = self._evaluator.loss.repeat(len(index))
         start = 0
         for plan, count in zip(self._evaluator.plans, counts, strict=True):
@@ -118,6 +119,7 @@ class BatchedObjective(Objective):
 
     @torch.no_grad()
     def _build(self) -> None:
+        self.device = self.flat.buffer.device
         graph = trace(self.model, self.criterion, self.inputs, self.targets, self.device)
         self._evaluator = Evaluator(graph, self.params)
         self._traced_for = self._signature()
@@ -141,6 +143,8 @@ class BatchedObjective(Objective):
 
     def _bring_up_to_date(self) -> None:
         if self.flat.changed() or self._versions != [b._version for b in self._buffers]:
+            if self._signature() != self._traced_for:  # moved, or of another dtype
+                self._build()
             self._take_batch()
         if self._dirty is None or self._dirty:
             self._evaluator.refresh(self._dirty)
@@ -155,7 +159,8 @@ class BatchedObjective(Objective):
         leaves, spec = pytree.tree_flatten((self.inputs, self.targets))
         kinds = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves]
         modules = self.model.modules()
-        return spec, kinds, [m.training for m in modules]
+        buffer = self.flat.buffer
+        return spec, kinds, [m.training for m in modules], buffer.dtype, buffer.device
 
     def _verify(self) -> None:
         """Raise ValueError unless the graph has the model's loss, here and at another point."""
@@ -163,9 +168,8 @@ class BatchedObjective(Objective):
         buffer = self.flat.buffer
         saved = buffer.clone()
         generator = torch.Generator(device=self.device).manual_seed(self.seed)
-        step = torch.randn(
-            buffer.shape, generator=generator, device=self.device, dtype=buffer.dtype
-        )
+        kind = {"device": self.device, "dtype": buffer.dtype}
+        step = torch.randn(buffer.shape, generator=generator, **kind)
         try:
             buffer.add_(step.mul_(0.05))
             self._evaluator.refresh()
@@ -178,11 +182,10 @@ class BatchedObjective(Objective):
         got = self._evaluator.loss
         args = (self.model, self.criterion, self.inputs, self.targets, self.seed)
         expected = plain_loss(*args)
-        if got.shape != expected.shape:
+        if expected.ndim or got.ndim:
             raise ValueError(f"the loss must be a scalar, got shape {tuple(expected.shape)}")
-        if not torch.equal(expected, plain_loss(*args)):
-            if self.device.type == "cpu":
-                raise ValueError("the model's loss differs from one evaluation to the next")
+        if self.device.type == "cpu" and not torch.equal(expected, plain_loss(*args)):
+            raise ValueError("the model's loss differs from one evaluation to the next")
         bound = _TOLERANCE.get(expected.dtype, 0.05)
         if not torch.allclose(got, expected, rtol=bound, atol=bound * 1e-3, equal_nan=True):
             raise ValueError(
@@ -220,14 +223,15 @@ class BatchedObjective(Objective):
     def _heavy(self, plan: Plan, env: dict, count: int) -> Tensor:
         parts, start = [], 0
         while start < count:
-            size = self._chunk_size(plan, count - start)
-            places = torch.arange(start, start + size, device=self.device).clamp_(max=count - 1)
-            memo: dict = {}
-            chunk = {i: value.select(places, memo) for i, value in env.items()}
             try:
+                size = self._chunk_size(plan, count - start)
+                places = torch.arange(start, start + size, device=self.device)
+                places.clamp_(max=count - 1)
+                memo: dict = {}
+                chunk = {i: value.select(places, memo) for i, value in env.items()}
                 parts.append(self._evaluator.losses(plan, chunk, size)[: count - start])
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                self._halve(plan, size, error)
+                self._halve(plan, error)
                 continue
             start += size
         return torch.cat(parts)
@@ -272,12 +276,13 @@ class BatchedObjective(Objective):
             self._evaluator.losses(plan, env, size, check=True)
         return plan.sizes[size]
 
-    def _halve(self, plan: Plan, size: int, error: Exception) -> None:
+    def _halve(self, plan: Plan, error: Exception) -> None:
+        most = self._most(plan)
         is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not is_memory or size <= COPIES:
+        if not is_memory or most <= COPIES:
             raise error
-        self._chunks[plan.number] = size // 2
-        self._warn_once("memory", f"out of memory: going on with chunks of {size // 2}")
+        self._chunks[plan.number] = most // 2
+        self._warn_once("memory", f"out of memory: going on with chunks of {most // 2}")
 
     def _warn_once(self, what: str, message: str) -> None:
         if what not in self._warned:

@@ -263,6 +263,27 @@ def _embedding(node: Node, weight, indices, *_):
     return column
 
 
+@light(aten._embedding_bag_forward_only.default, aten._embedding_bag.default)
+def _embedding_bag(node: Node, weight, indices, offsets, by_frequency, mode, *rest):
+    """Sums and means: a bag's output moves as often as it holds the row."""
+    per_sample = rest[1] if len(rest) > 1 else None
+    padding = rest[3] if len(rest) > 3 else -1
+    if not isinstance(weight, OneHot) or mode > 1 or per_sample is not None or padding >= 0:
+        return NotImplemented
+    at, delta = weight.reach()
+    width = weight.base.shape[1]
+    bags = len(node.value[0])
+    places = torch.arange(len(indices), device=indices.device)
+    bag = torch.bucketize(places, offsets[:bags], right=True) - 1
+    row = torch.div(at, width, rounding_mode="floor")
+    hits = (indices == row.unsqueeze(1)).to(delta.dtype)
+    count = delta.new_zeros(len(at), bags).index_add_(1, bag, hits)
+    if mode == 1:
+        count /= delta.new_zeros(bags).index_add_(0, bag, hits.new_ones(len(bag))).clamp_(min=1)
+    column = _changed(node, -1, (at % width).contiguous(), delta, count.unsqueeze(2))
+    return (column, None, None, None)
+
+
 @light(aten.native_layer_norm.default)
 def _layer_norm(node: Node, x, shape, weight, bias, eps):
     if not _is_base(x) or len(shape) != 1:
@@ -281,27 +302,33 @@ def _layer_norm(node: Node, x, shape, weight, bias, eps):
 # --- images ----------------------------------------------------------------------------------
 
 
-def _is_plain(node: Node, weight: Tensor, stride, padding, dilation, transposed, output, groups):
-    return weight.ndim == 4 and not transposed and groups == 1
-
-
 @light(aten.convolution.default)
-def _convolution(node: Node, x, weight, bias, stride, padding, dilation, *rest):
-    if not _is_base(x) or node.value.ndim != 4 or rest[0] or rest[2] != 1:
+def _convolution(node: Node, x, weight, bias, stride, padding, dilation, transposed, _, groups):
+    spatial = node.value.ndim - 2
+    if not _is_base(x) or x.ndim != node.value.ndim or spatial > 2:
         return NotImplemented
     if isinstance(bias, OneHot) and _is_base(weight):
-        return _changed(node, -3, *bias.reach(), None)
-    if not isinstance(weight, OneHot) or not _is_base(bias):
+        return _changed(node, -spatial - 1, *bias.reach(), None)
+    if not isinstance(weight, OneHot) or not _is_base(bias) or transposed:
         return NotImplemented
     if "patches" not in node.memo:
-        kernel = weight.base.shape[2:]
-        patches = torch.nn.functional.unfold(x, kernel, dilation, padding, stride)
-        node.memo["patches"] = patches.unflatten(2, node.value.shape[2:])
+        node.memo["patches"] = _patches(node, x, weight.base, stride, padding, dilation)
     at, delta = weight.reach()
     per_channel = weight.base[0].numel()
-    slope = columns(node.memo["patches"], -3, at % per_channel)
     channel = torch.div(at, per_channel, rounding_mode="floor")
-    return _changed(node, -3, channel, delta, slope)
+    group = torch.div(channel, weight.base.shape[0] // groups, rounding_mode="floor")
+    slope = columns(node.memo["patches"], -spatial - 1, at % per_channel + group * per_channel)
+    return _changed(node, -spatial - 1, channel, delta, slope)
+
+
+def _patches(node: Node, x: Tensor, weight: Tensor, stride, padding, dilation) -> Tensor:
+    """What each output pixel reads: (N, channels * kernel, *pixels)"""
+    kernel = list(weight.shape[2:])
+    if len(kernel) == 1:  # a picture of one line
+        x, kernel, padding = x.unsqueeze(2), [1, *kernel], [0, *padding]
+        stride, dilation = [1, *stride], [1, *dilation]
+    patches = torch.nn.functional.unfold(x, kernel, dilation, padding, stride)
+    return patches.unflatten(2, node.value.shape[2:])
 
 
 @light(
@@ -320,37 +347,22 @@ def _pool(node: Node, x, *args):
 def _batch_norm(node: Node, x, weight, bias, mean, var, training, momentum, eps):
     value = node.value[0]
     channel = 1 - value.ndim
-    K = None
     if isinstance(x, Column) and x.dim == channel and _is_base(weight, bias):
-        K = len(x.at)
-        per_channel = [None if v is None else Batch(v[x.at].unsqueeze(1)) for v in (weight, bias)]
-        mean, var = (None if v is None else v[x.at] for v in (mean, var))
-        out = _norm_channels(x.new, *per_channel, mean, var, training, eps)
+        taken = [None if v is None else v[x.at].unsqueeze(1) for v in (weight, bias, mean, var)]
+        out = dense.batch_norm(x.new, *taken, training, eps)
         return (Column(value, channel, x.at, out), None, None)
     if not _is_base(x):
         return NotImplemented
     if isinstance(weight, OneHot) and _is_base(bias):
         at, delta = weight.reach()
         if "normal" not in node.memo:
-            node.memo["normal"] = torch.batch_norm(
-                x, None, None, None if training else mean, None if training else var,
-                training, momentum, eps, False,
-            )  # fmt: skip
+            normal = dense.batch_norm(x[None], None, None, mean, var, training, eps)
+            node.memo["normal"] = normal[0]
         slope = columns(node.memo["normal"], channel, at)
         return (_changed(node, channel, at, delta, slope), None, None)
     if isinstance(bias, OneHot) and _is_base(weight):
         return (_changed(node, channel, *bias.reach(), None), None, None)
     return NotImplemented
-
-
-def _norm_channels(new: Tensor, weight, bias, mean, var, training: bool, eps: float) -> Tensor:
-    """One channel a trial point: K channels of one image batch. new: (K, N, 1, ...)"""
-    weight, bias = (None if v is None else v.tensor.squeeze(1) for v in (weight, bias))
-    if training:
-        mean = var = None
-    channels = new.squeeze(2).transpose(0, 1)
-    out = torch.batch_norm(channels, weight, bias, mean, var, training, 0.0, eps, False)
-    return out.transpose(0, 1).unsqueeze(2)
 
 
 for name in ("_native_batch_norm_legit_functional", "_batch_norm_with_update_functional"):

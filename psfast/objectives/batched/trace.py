@@ -44,6 +44,7 @@ class Node:
     args, kwargs: as the op takes them, a ``Ref`` in the place of another node's value
     inputs: the numbers of the nodes it reads
     places: which args are a ``Ref``; None if one lies deeper
+    dynamic: the numbers of the nodes whose values decide the shape of its value
     is_view: whether the value may share memory with the first input's
     depends: the numbers (in ``Graph.params``) of the trained tensors its value depends on
     weight: made of parameters and buffers alone, so it has no batch dimension
@@ -53,8 +54,8 @@ class Node:
     """
 
     __slots__ = (
-        "args", "depends", "inputs", "is_view", "kwargs", "memo", "number", "op", "places",
-        "shapes", "value", "weight",
+        "args", "depends", "dynamic", "inputs", "is_view", "kwargs", "memo", "number", "op",
+        "places", "shapes", "value", "weight",
     )  # fmt: skip
 
     def __init__(self, number: int, op, args: tuple = (), kwargs: dict | None = None):
@@ -69,6 +70,7 @@ class Node:
         refs = [place for place, a in enumerate(args) if isinstance(a, Ref)]
         self.places: list[int] | None = refs if simple else None
         self.is_view = _is_view(op)
+        self.dynamic: list[int] = []
         self.depends: frozenset[int] = frozenset()
         self.weight = False
         self.value = None
@@ -109,8 +111,7 @@ class Graph:
         self.loss = loss
         self.state = state
         self.data = data
-        tags = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
-        self.fixed_batch = any(tags & set(getattr(n.op, "tags", ())) for n in nodes)
+        self.fixed_batch = any(n.dynamic for n in nodes)
 
     def mark(self, params: list[nn.Parameter]) -> None:
         """Fill in ``depends`` and ``weight`` of every node, for these trained tensors."""
@@ -273,6 +274,7 @@ def _read(traced: torch.fx.GraphModule, state: list[Tensor], n_data: int) -> Gra
         if fx.op == "call_function":
             _check(fx.target)
             node = Node(len(nodes), fx.target, args, kwargs)
+            node.dynamic = [number[n] for n in _deciding(fx)]
         else:
             node = Node(len(nodes), None)
             if fx.op == "get_attr":
@@ -294,6 +296,17 @@ def _read(traced: torch.fx.GraphModule, state: list[Tensor], n_data: int) -> Gra
         dict(zip(placeholders[:n_state], state, strict=True)),
         placeholders[n_state:],
     )
+
+
+def _deciding(fx: torch.fx.Node) -> list[torch.fx.Node]:
+    """The nodes whose values decide the shape of this one's."""
+    tags = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+    if not tags & set(getattr(fx.target, "tags", ())):
+        return []
+    if fx.target is not aten.index.Tensor:
+        return fx.all_input_nodes
+    masks = [n for n in fx.args[1] if n is not None]
+    return [n for n in masks if n.meta["tensor_meta"].dtype in (torch.bool, torch.uint8)]
 
 
 def _check(op) -> None:

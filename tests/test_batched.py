@@ -1,0 +1,412 @@
+"""The batched objective against brute force, and what every objective promises."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
+from psfast.objectives.batched import BatchedObjective
+from psfast.objectives.serial import SerialModelObjective
+
+
+class First(nn.Module):
+    """The output sequence of a recurrent layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+class Tied(nn.Module):
+    """The token embedding is the head's weight too."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = DecoderOnlyTransformer(11, 8, 1, 2, 16, max_len=6, dropout=0.1)
+        self.body.head.weight = self.body.token_embedding.weight
+
+    def forward(self, tokens):
+        return self.body(tokens)
+
+
+class UsedTwice(nn.Module):
+    """One matrix as weight, as its own transpose, and by itself; in-place ops on views."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 5))
+        self.scale = nn.Parameter(torch.randn(()))
+        self.out = nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = torch.tanh(x @ self.weight)
+        h = h @ self.weight.t() + self.weight.mean(0)
+        h[:, 1:3] += 0.5
+        h[:, 0].mul_(self.scale)
+        return self.out(torch.relu_(h))
+
+
+class Buffers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
+        self.norm = nn.BatchNorm1d(6)
+        self.register_buffer("mask", torch.tensor([1.0, 0, 1, 1, 0, 1]))
+        self.frozen = nn.Linear(6, 3).requires_grad_(False)
+        self.unused = nn.Parameter(torch.randn(2))
+
+    def forward(self, x):
+        return self.frozen(self.norm(nn.functional.gelu(self.linear(x))) * self.mask)
+
+
+def images():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 3, 2, stride=2, groups=1),
+        nn.Conv2d(3, 6, 1, groups=3, bias=False),
+        nn.Sigmoid(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(6, 3),
+    )
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, activation="gelu")
+    return nn.TransformerEncoder(layer, 1)
+
+
+def tokens(B, T, V):
+    return torch.randint(0, V, (B, T))
+
+
+def some_ignored(B, T, V):
+    targets = tokens(B, T, V)
+    targets[:, : T // 2] = 100
+    return targets
+
+
+def classes(B=3, C=3):
+    return torch.randint(0, C, (B,))
+
+
+CASES = {
+    "mlp": lambda: (
+        nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 6), nn.SiLU(), nn.Linear(6, 3)),
+        nn.CrossEntropyLoss(),
+        torch.randn(4, 5),
+        classes(4),
+    ),
+    "one row": lambda: (
+        nn.Sequential(nn.Linear(5, 7), nn.Softplus(), nn.Linear(7, 3)),
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+        torch.randn(1, 5),
+        classes(1),
+    ),
+    "cnn": lambda: (images(), nn.CrossEntropyLoss(), torch.randn(3, 2, 8, 8), classes()),
+    "conv1d": lambda: (
+        nn.Sequential(nn.Conv1d(2, 3, 3), nn.ELU(), nn.Conv1d(3, 2, 2, dilation=2), nn.Flatten()),
+        nn.MSELoss(),
+        torch.randn(2, 2, 9),
+        torch.randn(2, 10),
+    ),
+    "gru": lambda: (
+        First(nn.GRU(3, 5, num_layers=2, dropout=0.3, batch_first=True)),
+        nn.MSELoss(),
+        torch.randn(2, 4, 3),
+        torch.randn(2, 4, 5),
+    ),
+    "lstm": lambda: (
+        First(nn.LSTM(3, 4, bidirectional=True)),
+        nn.SmoothL1Loss(),
+        torch.randn(3, 2, 3),
+        torch.randn(3, 2, 8),
+    ),
+    "encoder": lambda: (encoder(), nn.MSELoss(), torch.randn(2, 3, 8), torch.randn(2, 3, 8)),
+    "decoder": lambda: (
+        DecoderOnlyTransformer(11, 8, 2, 2, 16, max_len=7, dropout=0.2),
+        MaskedCrossEntropy(),
+        tokens(2, 6, 11),
+        some_ignored(2, 6, 11),
+    ),
+    "tied": lambda: (Tied(), MaskedCrossEntropy(), tokens(2, 5, 11), some_ignored(2, 5, 11)),
+    "bag": lambda: (
+        nn.Sequential(nn.EmbeddingBag(10, 4, mode="mean"), nn.Linear(4, 3)),
+        nn.CrossEntropyLoss(),
+        tokens(3, 5, 10),
+        classes(),
+    ),
+    "used twice": lambda: (UsedTwice(), nn.L1Loss(), torch.randn(3, 5), torch.randn(3, 3)),
+    "buffers": lambda: (Buffers(), nn.CrossEntropyLoss(), torch.randn(4, 4), classes(4)),
+}
+
+
+def build(name, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    model, criterion, inputs, targets = CASES[name]()
+    inputs, targets = (x.to(dtype) if x.is_floating_point() else x for x in (inputs, targets))
+    model = model.to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))  # no zeros and ones
+    return model, criterion, inputs, targets
+
+
+def some_points(f, per_tensor, seed=0):
+    """A few coordinates of every tensor, each with its step."""
+    generator = torch.Generator().manual_seed(seed)
+    index = [
+        torch.randint(start, stop, (per_tensor,), generator=generator)
+        for start, stop in zip(f.flat.offsets, f.flat.offsets[1:], strict=False)
+    ]
+    index = torch.cat(index)
+    index = index[torch.randperm(len(index), generator=generator)]
+    delta = 0.3 * torch.randn(len(index), generator=generator, dtype=torch.float64)
+    return index, delta.to(f.flat.buffer.dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_are_those_of_brute_force(name):
+    arguments = build(name)
+    f, brute = BatchedObjective(*arguments), SerialModelObjective(*arguments)
+    index, delta = some_points(f, 5)
+    torch.testing.assert_close(f(), brute(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        f.losses(index, delta), brute.losses(index, delta), rtol=1e-9, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_written(name):
+    arguments = build(name)
+    model = arguments[0]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    f = BatchedObjective(*arguments)
+    index, delta = some_points(f, 2)
+    f(), f.losses(index, delta), f.loss_at(index[:1], delta[:1])
+    assert torch.equal(torch.get_rng_state(), state)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CASES)
+def test_a_loss_does_not_depend_on_its_block(name, dtype):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of bits that depend on the block, too
+        f = BatchedObjective(*build(name, dtype))
+        index, delta = some_points(f, 7)
+        together = f.losses(index, delta)
+        for size in (1, 7, 40):
+            blocks = zip(index.split(size), delta.split(size), strict=True)
+            parts = [f.losses(i, d) for i, d in blocks]
+            assert torch.equal(torch.cat(parts), together)
+        order = torch.randperm(len(index), generator=torch.Generator().manual_seed(1))
+        assert torch.equal(f.losses(index[order], delta[order]), together[order])
+        repeated = index.repeat(30), delta.repeat(30)
+        assert torch.equal(f.losses(*repeated), together.repeat(30))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CASES)
+def test_a_trial_point_that_changes_nothing_has_the_incumbents_loss(name, dtype):
+    f = BatchedObjective(*build(name, dtype))
+    index, delta = some_points(f, 3)
+    assert torch.equal(f.losses(index, delta * 0), f().expand(len(index)))
+
+
+def test_what_the_batch_never_reads_is_an_exact_no_op():
+    model, criterion, inputs, targets = build("decoder", torch.float32)
+    inputs.clamp_(max=5)
+    f = BatchedObjective(model, criterion, inputs, targets)
+    names = [name for name, _ in model.named_parameters()]
+    embedding = f.flat.offsets[names.index("token_embedding.weight")]
+    position = f.flat.offsets[names.index("position_embedding")]
+    index = torch.tensor([embedding + 6 * 8 + 1, position + 6 * 8, embedding + inputs[0, 0] * 8])
+    losses = f.losses(index, torch.ones(3))
+    assert torch.equal(losses[:2], f().expand(2))
+    assert losses[2] != f()
+
+
+def test_dead_units_are_exact_no_ops():
+    model, criterion, inputs, targets = build("mlp", torch.float32)
+    with torch.no_grad():
+        model[0].bias[2] = -100.0
+    f = BatchedObjective(model, criterion, inputs, targets)
+    index = torch.arange(2 * 5, 3 * 5)
+    assert torch.equal(f.losses(index, torch.full((5,), 0.1)), f().expand(5))
+
+
+@pytest.mark.parametrize("name", ["decoder", "gru", "cnn", "used twice", "tied"])
+def test_accept_refreshes_the_incumbent(name):
+    arguments = build(name)
+    f, brute = BatchedObjective(*arguments), SerialModelObjective(*arguments)
+    index, delta = some_points(f, 3)
+    for start in (0, 5, 11):
+        which = torch.unique(index[start : start + 3])
+        steps = delta[: len(which)]
+        at = f.loss_at(which, steps)
+        torch.testing.assert_close(at, brute.loss_at(which, steps), rtol=1e-9, atol=1e-12)
+        f.accept(which, steps)
+        assert torch.equal(f(), at)
+        assert torch.equal(f(), BatchedObjective(*arguments)())
+        torch.testing.assert_close(
+            f.losses(index, delta), brute.losses(index, delta), rtol=1e-9, atol=1e-12
+        )
+
+
+def test_changes_by_others_are_seen():
+    arguments = build("cnn")
+    f, brute = BatchedObjective(*arguments), SerialModelObjective(*arguments)
+    f()
+    model = arguments[0]
+    state = {key: value * 1.1 for key, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    torch.testing.assert_close(f(), brute(), rtol=1e-9, atol=0)
+    model.float()
+    f.inputs, brute.inputs = f.inputs.float(), brute.inputs.float()
+    torch.testing.assert_close(f().double(), brute().double(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["decoder", "cnn", "gru"])
+def test_another_batch(name):
+    model, criterion, inputs, targets = build(name)
+    f = BatchedObjective(model, criterion, inputs, targets)
+    graph = f._evaluator.graph
+    _, _, inputs, targets = build(name, seed=1)
+    if name == "decoder":
+        targets[0, -1] = 100  # fewer supervised positions than the traced batch has
+    for seed in (None, 5):
+        f.set_batch(inputs, targets, seed=seed)
+        brute = SerialModelObjective(model, criterion, inputs, targets, seed=seed or 0)
+        index, delta = some_points(f, 3)
+        torch.testing.assert_close(f(), brute(), rtol=1e-9, atol=0)
+        torch.testing.assert_close(
+            f.losses(index, delta), brute.losses(index, delta), rtol=1e-9, atol=1e-12
+        )
+    assert f._evaluator.graph is graph
+    half = slice(0, len(inputs) - 1)
+    f.set_batch(inputs[half], targets[half])
+    brute = SerialModelObjective(model, criterion, inputs[half], targets[half], seed=5)
+    torch.testing.assert_close(f(), brute(), rtol=1e-9, atol=0)
+    model.eval()
+    f.set_batch(inputs[half], targets[half])
+    torch.testing.assert_close(f(), brute(), rtol=1e-9, atol=0)
+
+
+class Reads(nn.Module):
+    """Control flow, or a number, that depends on a value."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.how = nn.Linear(3, 2), how
+
+    def forward(self, x):
+        h = self.linear(x)
+        if self.how == "branch":
+            return h if h.sum() > 0 else -h
+        if self.how == "item":
+            return h * h.abs().max().item()
+        if self.how == "parameter's item":
+            return h * self.linear.weight[0, 0].item()
+        if self.how == "numpy":
+            return h + torch.from_numpy(h.detach().numpy())
+        if self.how == "shape":
+            return h[h > 0].sum() + h
+        return h * torch.bernoulli(torch.sigmoid(h))  # "draws"
+
+
+@pytest.mark.parametrize("how", ["branch", "item", "parameter's item", "numpy", "shape", "draws"])
+def test_what_depends_on_values_is_refused(how):
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    with pytest.raises(ValueError):
+        BatchedObjective(Reads(how), nn.MSELoss(), x, y)
+
+
+def test_a_state_of_its_own_is_refused():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.calls = nn.Linear(3, 2), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.linear(x) * self.calls
+
+    with pytest.raises(ValueError, match="differs from one evaluation to the next"):
+        BatchedObjective(Counts(), nn.MSELoss(), torch.randn(4, 3), torch.randn(4, 2))
+
+
+def test_custom_autograd_functions_run_forward():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+    class Uses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return Double.apply(self.linear(x))
+
+    arguments = Uses().double(), nn.MSELoss(), *torch.randn(2, 4, 3).double().unbind()
+    arguments = *arguments[:3], arguments[3][:, :2]
+    f, brute = BatchedObjective(*arguments), SerialModelObjective(*arguments)
+    index, delta = some_points(f, 4)
+    torch.testing.assert_close(f.losses(index, delta), brute.losses(index, delta))
+
+
+def test_out_of_memory_halves_the_chunk_and_says_so_once(monkeypatch):
+    f = BatchedObjective(*build("mlp"))
+    index, delta = some_points(f, 64)
+    expected = f.losses(index, delta)
+    compute = f._evaluator.losses
+
+    def limited(plan, env, K, check=False):
+        if K > 16:
+            raise torch.OutOfMemoryError("not that many")
+        return compute(plan, env, K, check)
+
+    monkeypatch.setattr(f._evaluator, "losses", limited)
+    with pytest.warns(UserWarning, match="out of memory") as caught:
+        losses = f.losses(index, delta)
+    assert len(caught) == 1
+    assert torch.equal(losses, expected)
+
+
+def test_the_workspace_bounds_the_chunk():
+    arguments = build("decoder")
+    f = BatchedObjective(*arguments)
+    index, delta = some_points(f, 20)
+    expected = f.losses(index, delta)
+    small = BatchedObjective(*arguments, workspace=100_000)
+    assert torch.equal(small.losses(index, delta), expected)
+    for plan in small._evaluator.plans:
+        alive, _ = plan.footprint(small._evaluator.graph.nodes)
+        assert small._most(plan) * alive <= 100_000 or small._most(plan) == 2
+
+
+def test_bad_arguments():
+    arguments = build("mlp")
+    with pytest.raises(ValueError, match="workspace must be"):
+        BatchedObjective(*arguments, workspace=0)
+    f = BatchedObjective(*arguments)
+    for index in (f.flat.size, -1):
+        with pytest.raises(IndexError, match="index must lie in"):
+            f.losses(torch.tensor([index]), torch.ones(1))
+    with pytest.raises(ValueError, match="must be a scalar"):
+        BatchedObjective(arguments[0], lambda out, y: out, *arguments[2:])
