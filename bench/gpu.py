@@ -12,6 +12,7 @@ import copy
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -33,6 +34,8 @@ TINY = {"d_model": 16, "n_layers": 1, "n_heads": 2, "d_ff": 16}
 BUDGET = 0.2 if DRY else 1.5  # seconds that one measurement aims at
 ROUNDS = 1 if DRY else 3
 MODES = ("fp16x3", "tf32x3", "fp32")
+DEFAULTS = ("fused fp16x3", "batched", "graph")  # measured at every size
+BACKENDS = (*DEFAULTS, *(f"fused {mode}" for mode in MODES[1:]))
 
 
 class Run:
@@ -219,10 +222,7 @@ def complete_poll(run: Run, objective, size: str, batch: int, backend: str) -> N
         optimizer = psfast.PatternSearch(objective.params, radius=0.1, max_evaluations=count)
         return seconds_of(lambda: optimizer.step(forced))
 
-    count = min(total, 16 if DRY else 4096)
-    if not DRY:
-        piece(64)  # compilation
-        count = min(total, max(count, int(count * BUDGET / piece(count))))
+    count = affordable(piece, total)
     seconds = piece(count) / count
     run.row(
         size,
@@ -235,17 +235,24 @@ def complete_poll(run: Run, objective, size: str, batch: int, backend: str) -> N
     )
 
 
+def affordable(piece, most: int) -> int:
+    """How many trial points ``piece`` evaluates in the budget, found in two steps, up to ``most``."""
+    count = min(most, 8 if DRY else 64)
+    for _ in range(0 if DRY else 2):
+        count = max(count, min(most, 64 * count, int(count * BUDGET / piece(count))))
+    return count
+
+
 def device_time(run: Run, objective, size: str, batch: int, backend: str) -> None:
     """The losses of large blocks alone, without search, order or host syncs."""
-    count = min(2 * objective.flat.size, 8 if DRY else 16_384)
-    blocks = [poll_block(objective.flat, start, count // 2) for start in (0, count // 2)]
 
-    def work():
-        for points in blocks:
-            objective.losses(*points)
+    def piece(count: int) -> float:
+        points = poll_block(objective.flat, 0, count)
+        return seconds_of(lambda: objective.losses(*points))
 
-    seconds = seconds_of(work) / (count // 2 * 2)
-    run.row(size, batch, "losses alone", backend, seconds, block=count // 2)
+    count = affordable(piece, min(2 * objective.flat.size, 16_384))
+    seconds = piece(count) / count
+    run.row(size, batch, "losses alone", backend, seconds, block=count)
 
 
 def with_accepts(run: Run, objective, size, batch, backend, probability: float) -> None:
@@ -309,6 +316,24 @@ def measure(run: Run, backend: str, size: str, batch: int, regimes: tuple[float,
                 row.update(peak_MiB=round(peak, 1), build_s=round(built, 2))
 
 
+def compile_all(small: str, sizes: list[str]) -> None:
+    """Fill Triton's cache, every kernel in a process of its own: they compile at the same time."""
+    wanted = [(f"fused {mode}", small) for mode in MODES]
+    wanted += [("fused fp16x3", size) for size in sizes if size != small]
+    flags = ["--dry-run"] if DRY else []
+    running = [
+        subprocess.Popen([sys.executable, __file__, "--only-build", *case, *flags])
+        for case in wanted
+    ]
+    try:
+        codes = [process.wait(timeout=180) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    if any(codes):
+        raise RuntimeError(f"exit codes {codes} for {wanted}")
+
+
 # -- the gate -------------------------------------------------------------------------------
 
 
@@ -336,7 +361,9 @@ def exact_changes(parts, index, delta) -> torch.Tensor:
     return torch.tensor(eager_losses(closure, flat, index, exact), dtype=torch.float64) - base
 
 
-def gate(run: Run, size: str, batch: int, weights: str, radius: float, count: int) -> None:
+def gate(
+    run: Run, size: str, batch: int, weights: str, radius: float, count: int, chosen: tuple
+) -> None:
     """Errors and accept/reject flips of every mode against float64, beside eager fp32's."""
     parts = (trained if weights == "trained" else problem)(size, batch)
     model, criterion, inputs, targets = parts
@@ -369,17 +396,13 @@ def gate(run: Run, size: str, batch: int, weights: str, radius: float, count: in
     with torch.no_grad():
         base = closure().item()
     compare("serial loop", torch.tensor(eager_losses(closure, flat, index, delta)), base)
-    for backend in backends():
+    for backend in chosen:
 
         def one(backend=backend):
             twin = build(backend, parts)
             compare(backend, twin.losses(index, delta), twin().item())
 
         run.stage(f"gate {size} {weights} {radius:g} {backend}", one)
-
-
-def backends() -> tuple[str, ...]:
-    return ("batched", "graph", *(f"fused {mode}" for mode in MODES))
 
 
 def passed(run: Run, backend: str) -> bool:
@@ -464,25 +487,30 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--seconds", type=float, default=420.0, help="start no stage after these")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--only-build", nargs=2, metavar=("BACKEND", "SIZE"))
     args = parser.parse_args()
     if not DRY and not torch.cuda.is_available():
         print("no CUDA device; --dry-run checks this program on the CPU", file=sys.stderr)
         return 2
+    if args.only_build:
+        build(args.only_build[0], problem(args.only_build[1], 4))
+        return 0
     run = Run(args.out, args.seconds)
     small, sizes = ("tiny", ["tiny"]) if DRY else ("small", ["small", "medium", "large"])
     batches = (2,) if DRY else (4, 64)
 
     run.stage("the first number: clean eager loop", eager_loop, run, small, batches[0])
+    run.stage("compile", compile_all, small, sizes)
     count = 6 if DRY else 400
     for weights in ("fresh", "trained"):
         for radius in (0.1,) if DRY else (0.1, 0.01, 0.001):
-            run.stage(
-                f"gate {weights} {radius:g}", gate, run, small, batches[0], weights, radius, count
-            )
+            name = f"gate {small} {weights} {radius:g}"
+            run.stage(name, gate, run, small, batches[0], weights, radius, count, BACKENDS)
     for size in sizes:
         if size != small:
-            run.stage(f"gate {size}", gate, run, size, batches[0], "fresh", 0.1, 100)
-    usable = [backend for backend in backends() if passed(run, backend)]
+            name = f"gate {size}"
+            run.stage(name, gate, run, size, batches[0], "fresh", 0.1, 100, DEFAULTS)
+    usable = [backend for backend in BACKENDS if passed(run, backend)]
     print(f"passed the gate: {usable}")
 
     for size in sizes:
@@ -491,7 +519,7 @@ def main() -> int:
                 run.stage(f"eager {size} B={batch}", eager_loop, run, size, batch)
             run.stage(f"reference {size} B={batch}", reference_step, run, size, batch)
             regimes = (1e-3, 0.4) if size == small else ()
-            for backend in ("fused fp16x3", "batched", "graph"):
+            for backend in DEFAULTS:
                 if backend in usable:
                     measure(run, backend, size, batch, regimes)
     if "fused fp16x3" in usable and not DRY:
