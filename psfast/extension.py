@@ -35,7 +35,7 @@ def load() -> str | None:
 
     ready = _built_library()
     if ready is None:
-        missing = _cannot_build()
+        missing = why_no_build()
         if missing:
             return missing
         ready = _cached_library()
@@ -58,7 +58,7 @@ def load() -> str | None:
 def status() -> tuple[bool, str]:
     """Whether the fused evaluator is ready, and how, or why not. Compiles nothing."""
     built = _built_library()
-    reason = None if built else _cannot_build()
+    reason = None if built else why_no_build()
     if not built and not reason and not _cached_library().exists():
         return True, f"not built yet: compiled at first use with {_compiler()}"
     reason = reason or load()
@@ -111,7 +111,8 @@ def _compiler() -> str | None:
     return next(filter(None, map(shutil.which, [named] if named else ["g++", "clang++"])), None)
 
 
-def _cannot_build() -> str | None:
+def why_no_build() -> str | None:
+    """Why the extension cannot be compiled here, None if it can."""
     if _sources() is None:
         return "the C++ extension is not built and its sources (csrc/) are not installed"
     if sys.platform == "win32":

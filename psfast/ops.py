@@ -77,7 +77,7 @@ def fused_plan(
 
 
 def fused_refresh(weights: Tensor, plan: FusedPlan, changed: Tensor | None = None) -> Tensor:
-    """The incumbent's loss, a float64 scalar; brings ``plan.workspace`` up to date with ``weights``.
+    """The incumbent's loss, a float64 scalar; brings ``plan.workspace`` up to date.
 
     weights: (N,), all of the model's parameters in the order of ``model.parameters()``
     changed: (M,) int64, the elements written since the last refresh; None for any of them
