@@ -221,6 +221,13 @@ def _select(node, K, x, dim, index):
     return x.tensor.select(shift(dim), index)
 
 
+@rule(aten.index_select.default)
+def _index_select(node, K, x, dim, index):
+    if isinstance(index, Batch):
+        return NotImplemented
+    return x.tensor.index_select(shift(dim), index)
+
+
 @rule(
     aten.split.Tensor, aten.unsafe_split.Tensor, aten.split_with_sizes.default,
     aten.unsafe_split_with_sizes.default, aten.unbind.int,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from psfast.objectives.batched import dense, sparse
+from psfast.objectives.batched.rows import keep_counted_rows
 from psfast.objectives.batched.trace import Graph, Node, Ref, seeded
 from psfast.objectives.batched.values import Batch, Column, OneHot
 
@@ -91,13 +92,15 @@ class Evaluator:
     Raises ValueError for a graph whose random draws depend on a parameter's values.
     """
 
-    def __init__(self, graph: Graph, params: list):
-        self.graph = graph
+    def __init__(self, graph: Graph, params: list, tensors: list[Tensor]):
         self.params = params
+        graph.mark(params)
+        self.graph = graph = keep_counted_rows(graph, tensors)
         graph.mark(params)
         own = {p: number for number, p in graph.state.items()}
         self.start = [own.get(p) for p in params]
         self.trained = set(self.start)
+        self.rows: int | None = None
         live = self._live()
         self.running = [n for n in graph.nodes if n.op is not None]
         self.fixed = [n for n in self.running if not n.depends]
@@ -151,6 +154,11 @@ class Evaluator:
                 node.value = _as_the_model(node, args, kwargs)
         for node in self.running:
             node.memo = {}
+        rows = None if self.graph.rows is None else len(nodes[self.graph.rows].value)
+        if rows != self.rows:  # other shapes: other arithmetic, other sizes
+            self.rows = rows
+            for plan in self.plans:
+                plan.sizes.clear()
 
     def refresh(self, changed: frozenset[int] | None = None) -> None:
         """Compute the incumbent's values that depend on these tensors (None: on any)."""

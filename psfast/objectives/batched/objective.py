@@ -121,7 +121,7 @@ class BatchedObjective(Objective):
     def _build(self) -> None:
         self.device = self.flat.buffer.device
         graph = trace(self.model, self.criterion, self.inputs, self.targets, self.device)
-        self._evaluator = Evaluator(graph, self.params)
+        self._evaluator = Evaluator(graph, self.params, self._tensors())
         self._traced_for = self._signature()
         self._stops = torch.tensor(self.flat.offsets[1:], device=self.device)
         self._chunks: dict[int, int] = {}
@@ -131,7 +131,10 @@ class BatchedObjective(Objective):
 
     def _take_batch(self) -> None:
         self._read_state()
+        rows = self._evaluator.rows
         self._evaluator.draw(self._tensors(), self.seed, self.device)
+        if self._evaluator.rows != rows:
+            self._chunks.clear()
         self._dirty = None
 
     def _read_state(self) -> None:

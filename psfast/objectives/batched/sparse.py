@@ -141,6 +141,14 @@ def _view_of_column(node: Node, x: Column, args, kwargs):
     return Column(node.value, new_dim - node.value.ndim, x.at, new)
 
 
+@light(aten.index_select.default)
+def _index_select(node: Node, x, dim, index):
+    if not isinstance(x, Column) or not _is_base(index) or dim % x.base.ndim == x.dim + x.base.ndim:
+        return NotImplemented
+    new = x.new.index_select(dim % x.base.ndim + 1, index)
+    return Column(node.value, x.dim, x.at, new)
+
+
 def _reshape_column(node: Node, x: Column, dim: int):
     before, length = math.prod(x.base.shape[:dim]), x.base.shape[dim]
     shape = list(node.value.shape)

@@ -20,7 +20,6 @@ aten = torch.ops.aten
 
 # Of their first argument these read the shape and the dtype, never the values.
 SHAPE_ONLY = {
-    aten.empty_like.default,
     aten.zeros_like.default,
     aten.ones_like.default,
     aten.full_like.default,
@@ -44,6 +43,7 @@ class Node:
     args, kwargs: as the op takes them, a ``Ref`` in the place of another node's value
     inputs: the numbers of the nodes it reads
     places: which args are a ``Ref``; None if one lies deeper
+    shape: of the value where it is one tensor that the trace has seen
     dynamic: the numbers of the nodes whose values decide the shape of its value
     is_view: whether the value may share memory with the first input's
     depends: the numbers (in ``Graph.params``) of the trained tensors its value depends on
@@ -55,7 +55,7 @@ class Node:
 
     __slots__ = (
         "args", "depends", "dynamic", "inputs", "is_view", "kwargs", "memo", "number", "op",
-        "places", "shapes", "value", "weight",
+        "places", "shape", "shapes", "value", "weight",
     )  # fmt: skip
 
     def __init__(self, number: int, op, args: tuple = (), kwargs: dict | None = None):
@@ -71,6 +71,7 @@ class Node:
         self.places: list[int] | None = refs if simple else None
         self.is_view = _is_view(op)
         self.dynamic: list[int] = []
+        self.shape: tuple[int, ...] | None = None
         self.depends: frozenset[int] = frozenset()
         self.weight = False
         self.value = None
@@ -103,6 +104,7 @@ class Graph:
 
     state: number of a node -> the parameter or buffer that it stands for
     data: the numbers of the nodes of the tensors among inputs and targets, in tree order
+    rows: the number of the node of the rows that the loss counts, if only those are computed
     fixed_batch: the graph holds for this one batch only (an output's shape depends on values)
     """
 
@@ -111,6 +113,7 @@ class Graph:
         self.loss = loss
         self.state = state
         self.data = data
+        self.rows: int | None = None
         self.fixed_batch = any(n.dynamic for n in nodes)
 
     def mark(self, params: list[nn.Parameter]) -> None:
@@ -270,6 +273,8 @@ def _read(traced: torch.fx.GraphModule, state: list[Tensor], n_data: int) -> Gra
         if fx.op == "output":
             (loss,) = pytree.tree_leaves(fx.args)
             continue
+        if fx.target is aten.empty_like.default:
+            _name_the_shape(fx)
         args, kwargs = torch.fx.node.map_arg((fx.args, fx.kwargs), lambda n: Ref(number[n]))
         if fx.op == "call_function":
             _check(fx.target)
@@ -279,6 +284,8 @@ def _read(traced: torch.fx.GraphModule, state: list[Tensor], n_data: int) -> Gra
             node = Node(len(nodes), None)
             if fx.op == "get_attr":
                 node.value = getattr(traced, fx.target).detach()
+        meta = fx.meta.get("tensor_meta")
+        node.shape = tuple(meta.shape) if hasattr(meta, "shape") else None
         number[fx] = node.number
         nodes.append(node)
     if not isinstance(loss, torch.fx.Node):
@@ -296,6 +303,14 @@ def _read(traced: torch.fx.GraphModule, state: list[Tensor], n_data: int) -> Gra
         dict(zip(placeholders[:n_state], state, strict=True)),
         placeholders[n_state:],
     )
+
+
+def _name_the_shape(fx: torch.fx.Node) -> None:
+    """``empty_like``, which dropout begins with, reads a value only for its layout: say it."""
+    meta = fx.meta["tensor_meta"]
+    fx.target = aten.empty_strided.default
+    fx.args = (list(meta.shape), list(meta.stride))
+    fx.kwargs = {"dtype": meta.dtype, "device": fx.meta["val"].device}
 
 
 def _deciding(fx: torch.fx.Node) -> list[torch.fx.Node]:
