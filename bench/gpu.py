@@ -236,7 +236,7 @@ def complete_poll(run: Run, objective, size: str, batch: int, backend: str) -> N
 
 
 def affordable(piece, most: int) -> int:
-    """How many trial points ``piece`` evaluates in the budget, found in two steps, up to ``most``."""
+    """How many trial points ``piece`` evaluates in the budget, at most ``most``; in two steps."""
     count = min(most, 8 if DRY else 64)
     for _ in range(0 if DRY else 2):
         count = max(count, min(most, 64 * count, int(count * BUDGET / piece(count))))

@@ -27,7 +27,6 @@ _TYPES = {
     "index_ptr": "*i64",
     "delta_ptr": "*fp32",
     "hi_ptr": "*fp16",
-    "staged_ptr": "*fp16",
     "lo_ptr": "*fp16",
     "table_ptr": "*i64",
     "rows_ptr": "*i32",
@@ -79,7 +78,7 @@ def evaluate_case(
     capability: int, width: int, positions: int, mode: str, *, cache: bool, repair: bool
 ) -> Case:
     sizes = transformer_sizes(width, positions)
-    config = plan.choose_config(sizes, capability)
+    config = plan.choose_config(sizes, capability, mode)
     what = ("cache" if cache else "evaluate") + (" repair" if repair else "")
     return Case(
         f"{what} {mode} d_model {width} T <= {positions}",
@@ -116,6 +115,8 @@ def compile_case(case: Case) -> Result:
     signature = {name: "constexpr" if name in case.constants else _type(name) for name in names}
     if case.constants.get("CACHE"):
         signature["out_ptr"] = "*fp64"
+    if case.constants.get("MODE") == "fp16x3":
+        signature["staged_ptr"] = "*fp16"
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)

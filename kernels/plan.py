@@ -75,9 +75,13 @@ CONFIGS = {
 }
 
 
-def choose_config(sizes: Sizes, capability: int) -> Config | None:
+def choose_config(sizes: Sizes, capability: int, mode: str) -> Config | None:
     """The configuration for these sizes; None if there is none."""
-    return CONFIGS.get((min(capability, 9), max(64, sizes.padded_model), sizes.positions))
+    config = CONFIGS.get((min(capability, 9), max(64, sizes.padded_model), sizes.positions))
+    if config is not None and mode == "fp32":
+        # The CUDA cores take their operands from registers: the smallest tiles there are.
+        return Config(sizes.positions, 8, 1, 16, 16, 1, staged=16)
+    return config
 
 
 def constants(sizes: Sizes, config: Config, mode: str, *, cache: bool, repair: bool) -> dict:
@@ -90,7 +94,7 @@ def constants(sizes: Sizes, config: Config, mode: str, *, cache: bool, repair: b
         "DP": sizes.padded_model,
         "D_K": sizes.d_model // sizes.n_heads,
         "DK": DK,
-        "KC": config.staged if config.staged and mode == "fp16x3" else sizes.padded_model,
+        "KC": min(config.staged or sizes.padded_model, sizes.padded_model),
         "HC": config.heads,
         "AP": _round_up(sizes.n_heads, config.heads) * DK,
         "FP": _round_up(sizes.d_ff, config.hidden),
@@ -298,7 +302,7 @@ class TransformerPlan:
                 tensors.qkv,
                 tensors.columns,
                 tensors.nll,
-                self._staged(grid),
+                self._staged(grid, mode),
                 K,
                 rows.groups * self.config.rows,
                 self.n_params,
@@ -314,13 +318,13 @@ class TransformerPlan:
                 enable_fp_fusion=True,
             )
 
-    def _staged(self, grid: tuple[int, int]) -> Tensor:
+    def _staged(self, grid: tuple[int, int], mode: str) -> Tensor:
         """Where the programs of a launch put their normalised rows; one element if nowhere."""
-        per_program = 2 * self.config.rows * self.sizes.padded_model if self.config.staged else 0
+        per_program = self.config.rows * self.sizes.padded_model if self.config.staged else 0
         size = max(1, grid[0] * grid[1] * per_program)
         if self._scratch is None or len(self._scratch) < size:
-            self._scratch = torch.empty(size, dtype=torch.float16, device=self.device)
-        return self._scratch
+            self._scratch = torch.empty(size, dtype=torch.float32, device=self.device)
+        return self._scratch.view(torch.float16) if mode == "fp16x3" else self._scratch
 
     def _reduce(self, cache: Cache, partial: Tensor, rows: Rows) -> Tensor:
         K = len(partial)

@@ -118,7 +118,7 @@ def _linear_of_norm(
         for c in range(0, DP, KC):
             at = (c + tl.arange(0, KC))[None, :] + (tl.arange(0, M) * DP)[:, None]
             a_hi = tl.load(staged_ptr + at)
-            a_lo = tl.load(staged_ptr + M * DP + at)
+            a_lo = tl.load(staged_ptr + M * DP + at) if MODE == "fp16x3" else a_hi
             at_w = start + c * STRIDE
             acc = _linear(a_hi, a_lo, w_ptr, hi_ptr, lo_ptr, at_w, acc, KC, OUT, STRIDE, MODE)
         return acc
@@ -127,13 +127,22 @@ def _linear_of_norm(
 
 
 @triton.jit
-def _stage(n_hi, n_lo, staged_ptr, M: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr):
+def _stage(
+    n_hi,
+    n_lo,
+    staged_ptr,
+    M: tl.constexpr,
+    DP: tl.constexpr,
+    KC: tl.constexpr,
+    MODE: tl.constexpr,
+):
     """Put the normalised rows where ``_linear_of_norm`` finds them, if it looks in memory."""
     if KC < DP:
         at = (tl.arange(0, M) * DP)[:, None] + tl.arange(0, DP)[None, :]
         tl.debug_barrier()
         tl.store(staged_ptr + at, n_hi)
-        tl.store(staged_ptr + M * DP + at, n_lo)
+        if MODE == "fp16x3":
+            tl.store(staged_ptr + M * DP + at, n_lo)
         tl.debug_barrier()
 
 
@@ -197,7 +206,7 @@ def evaluate(
     qkv_ptr,  # (L, 3, R, AP)
     columns_ptr,  # (L * COLUMNS + DP, R): what a changed weight's column multiplies
     nll_ptr,  # (R,)
-    staged_ptr,  # (programs, 2, M, DP) fp16: a wide model's normalised rows, hi and lo
+    staged_ptr,  # (programs, 2, M, DP) fp16, (programs, M, DP) fp32: a wide model's normalised rows
     K,
     R,
     n_params,
@@ -258,7 +267,8 @@ def evaluate(
 
     group = tl.program_id(1)
     groups = tl.num_programs(1)
-    staged = staged_ptr + (tl.program_id(0) * groups + group) * (2 * M * DP)
+    HALVES: tl.constexpr = 2 if MODE == "fp16x3" else 1
+    staged = staged_ptr + (tl.program_id(0) * groups + group) * (HALVES * M * DP)
     rows = group * M + tl.arange(0, M)
     cols = tl.arange(0, DP)
     token = tl.load(rows_ptr + rows)
@@ -403,7 +413,7 @@ def evaluate(
                 if CACHE:
                     tl.store(columns_ptr + cols[None, :] * R + rows[:, None], n)
                 n_hi, n_lo = _split(n, MODE)
-                _stage(n_hi, n_lo, staged, M, DP, KC)
+                _stage(n_hi, n_lo, staged, M, DP, KC, MODE)
                 for step in range(slot, 2 * n_layers):
                     block = step // 2
                     base = block * LAYER
@@ -533,7 +543,7 @@ def evaluate(
                         n_at = (after // 2 * COLUMNS + after % 2 * N2 + cols)[None, :] * R
                         tl.store(columns_ptr + n_at + rows[:, None], n)
                     n_hi, n_lo = _split(n, MODE)
-                    _stage(n_hi, n_lo, staged, M, DP, KC)
+                    _stage(n_hi, n_lo, staged, M, DP, KC, MODE)
 
                 # 4. Head and cross-entropy.
                 top = tl.full((M,), float("-inf"), tl.float32)

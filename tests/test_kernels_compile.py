@@ -36,10 +36,10 @@ def test_every_configuration_serves_its_shape():
     plan = ahead_of_time.plan
     for capability, width, positions in plan.CONFIGS:
         sizes = ahead_of_time.transformer_sizes(width, positions)
-        config = plan.choose_config(sizes, capability)
+        config = plan.choose_config(sizes, capability, "fp16x3")
         constants = plan.constants(sizes, config, "fp16x3", cache=False, repair=False)
         assert constants["M"] % positions == 0
         assert constants["AP"] % (constants["HC"] * constants["DK"]) == 0
         assert constants["FP"] % constants["FC"] == 0 and constants["VP"] % constants["VC"] == 0
         assert constants["DP"] % constants["KC"] == 0
-    assert plan.choose_config(ahead_of_time.transformer_sizes(64, 128), 9) is None
+    assert plan.choose_config(ahead_of_time.transformer_sizes(64, 128), 9, "fp16x3") is None

@@ -105,7 +105,8 @@ class FusedCudaObjective(Objective):
         )
         new = self._plan is None or self._plan.sizes != sizes
         if new:
-            config = self._kernels.choose_config(sizes, _capability(inputs.device))
+            capability = _capability(inputs.device)
+            config = self._kernels.choose_config(sizes, capability, self.precision)
             if config is None:
                 raise ValueError(
                     f"no kernel configuration for d_model = {sizes.d_model} and T = "
