@@ -406,7 +406,8 @@ def test_bad_arguments():
         BatchedObjective(*arguments, workspace=0)
     f = BatchedObjective(*arguments)
     for index in (f.flat.size, -1):
-        with pytest.raises(IndexError, match="index must lie in"):
-            f.losses(torch.tensor([index]), torch.ones(1))
+        for K in (1, 100):
+            with pytest.raises(IndexError, match="index must lie in"):
+                f.losses(torch.tensor([index] * K), torch.ones(K))
     with pytest.raises(ValueError, match="must be a scalar"):
         BatchedObjective(arguments[0], lambda out, y: out, *arguments[2:])

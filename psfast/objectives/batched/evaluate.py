@@ -69,7 +69,7 @@ class Plan:
                     self.spare.setdefault(node.number, place)
 
     def footprint(self, nodes: list[Node]) -> tuple[int, int]:
-        """Bytes a trial point: (at most alive at once, largest value) of stacked values."""
+        """Bytes a trial point: (at most alive at once, an op's own on average), stacked."""
         sizes = {n.number: _bytes(n.value) for n in self.heavy}
         sizes.update({i: _bytes(nodes[i].value) for i in self.needed})
         alive = most = sum(sizes[i] for i in self.needed)
@@ -77,7 +77,7 @@ class Plan:
             alive += sizes[node.number]
             most = max(most, 2 * sizes[node.number] + alive)  # what the op itself takes
             alive -= sum(sizes.get(i, 0) for i in self.last_use.get(node.number, ()))
-        return most, max(sizes.values(), default=0)
+        return most, sum(sizes.values()) // max(len(sizes), 1)
 
 
 def _bytes(value) -> int:

@@ -14,8 +14,9 @@ from psfast.objectives.batched.evaluate import COPIES, Evaluator, Plan
 from psfast.objectives.batched.trace import composite_state, plain_loss, trace
 
 _SHARE = 4  # of the free memory, one part in so many is the default workspace
-_CACHED = 4 << 20  # bytes that the largest value of a chunk may take on CPU: more misses the cache
+_CACHED = 1 << 20  # bytes that a value of a chunk takes on average, on CPU: more misses the cache
 _LARGEST_CHUNK = 4096
+_FEW = 16  # trial points that are sorted sooner in Python than by tensor operations
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
@@ -70,20 +71,13 @@ class BatchedObjective(Objective):
         check_block(index, delta, self.flat.size)
         self._bring_up_to_date()
         index = index.to(self.device)
-        number = torch.bucketize(index, self._stops, right=True)
-        order = torch.argsort(number, stable=True)
-        counts = torch.bincount(number, minlength=len(self.params)).tolist()
-        if len(counts) > len(self.params) or (len(index) and index.min() < 0):
-            raise IndexError(f"index must lie in [0, {self.flat.size}), got {index.tolist()}")
+        groups = self._by_tensor(index)
         delta = self._rounded(index, delta)
         losses = self._evaluator.loss.repeat(len(index))
-        start = 0
-        for plan, count in zip(self._evaluator.plans, counts, strict=True):
-            if count:
-                which = order[start : start + count]
-                at = index[which] - self.flat.offsets[plan.number]
-                self._group(plan, at, delta[which], which, losses)
-                start += count
+        for number, which in groups.items():
+            plan = self._evaluator.plans[number]
+            at = index[which] - self.flat.offsets[number]
+            self._group(plan, at, delta[which], which, losses)
         return losses
 
     @torch.no_grad()
@@ -207,6 +201,21 @@ class BatchedObjective(Objective):
     def _tensors_of(self, index: Tensor) -> frozenset[int]:
         return frozenset(torch.bucketize(index.to(self.device), self._stops, right=True).tolist())
 
+    def _by_tensor(self, index: Tensor) -> dict[int, Tensor]:
+        """number of a tensor -> the places in ``index`` of its trial points"""
+        if len(index) <= _FEW:
+            found: dict[int, list[int]] = {}
+            for place, i in enumerate(index.tolist()):
+                found.setdefault(self.flat.locate(i)[0], []).append(place)
+            return {n: torch.tensor(found[n], device=self.device) for n in sorted(found)}
+        number = torch.bucketize(index, self._stops, right=True)
+        order = torch.argsort(number, stable=True)
+        counts = torch.bincount(number, minlength=len(self.params)).tolist()
+        if len(counts) > len(self.params) or index.min() < 0:
+            raise IndexError(f"index must lie in [0, {self.flat.size}), got {index.tolist()}")
+        groups = order.split(counts)
+        return {n: which for n, which in enumerate(groups) if len(which)}
+
     def _group(self, plan: Plan, at: Tensor, delta: Tensor, which: Tensor, losses: Tensor) -> None:
         """Write the losses of the trial points of one tensor to their places ``which``."""
         if not plan.nodes:
@@ -218,8 +227,9 @@ class BatchedObjective(Objective):
             changes = torch.stack([value.changes() for value in env.values()]).any(0)
             moved = changes.nonzero().squeeze(1)
             if len(moved):
-                memo: dict = {}
-                env = {i: value.select(moved, memo) for i, value in env.items()}
+                if len(moved) < len(changes):
+                    memo: dict = {}
+                    env = {i: value.select(moved, memo) for i, value in env.items()}
                 losses[which[chunk][moved]] = self._heavy(plan, env, len(moved)).to(losses.dtype)
             start += _LARGEST_CHUNK
 
@@ -228,16 +238,19 @@ class BatchedObjective(Objective):
         while start < count:
             try:
                 size = self._chunk_size(plan, count - start)
-                places = torch.arange(start, start + size, device=self.device)
-                places.clamp_(max=count - 1)
-                memo: dict = {}
-                chunk = {i: value.select(places, memo) for i, value in env.items()}
+                chunk = env if size == count else self._chunk(env, start, size, count)
                 parts.append(self._evaluator.losses(plan, chunk, size)[: count - start])
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 self._halve(plan, error)
                 continue
             start += size
         return torch.cat(parts)
+
+    def _chunk(self, env: dict, start: int, size: int, count: int) -> dict:
+        """The next ``size`` of ``count`` trial points, the last one repeated if need be."""
+        places = torch.arange(start, start + size, device=self.device).clamp_(max=count - 1)
+        memo: dict = {}
+        return {i: value.select(places, memo) for i, value in env.items()}
 
     def _chunk_size(self, plan: Plan, count: int) -> int:
         """The chunk for the next ``count`` trial points, a power of two.
@@ -262,10 +275,10 @@ class BatchedObjective(Objective):
 
     def _most(self, plan: Plan) -> int:
         if plan.number not in self._chunks:
-            alive, largest = plan.footprint(self._evaluator.graph.nodes)
+            alive, typical = plan.footprint(self._evaluator.graph.nodes)
             bound = self.workspace // max(alive, 1)
             if self.device.type == "cpu":
-                bound = min(bound, _CACHED // max(largest, 1))
+                bound = min(bound, _CACHED // max(typical, 1))
             bound = min(max(bound, COPIES), _LARGEST_CHUNK)
             self._chunks[plan.number] = 1 << int(math.log2(bound))
         return self._chunks[plan.number]
