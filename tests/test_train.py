@@ -42,7 +42,7 @@ def command(*overrides, cwd):
 
 def run(*overrides, cwd):
     process = command(*overrides, cwd=cwd)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=280)  # the extension may compile first
     return process.returncode, out, err
 
 
