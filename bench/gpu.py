@@ -417,8 +417,8 @@ def tiles(run: Run) -> None:
 
     key = (min(torch.cuda.get_device_capability()[0], 9), 64, 16)
     chosen = plan.CONFIGS[key]
-    others = [chosen._replace(stages=3), chosen._replace(hidden=32)]
-    others += [chosen._replace(rows=128, warps=8, hidden=32)]
+    others = [chosen._replace(stages=3), chosen._replace(hidden=64)]
+    others += [chosen._replace(rows=128, warps=8)]
     parts = problem("small", 64)
     usual = build("fused fp16x3", parts)
     points = poll_block(usual.flat, 0, 512)

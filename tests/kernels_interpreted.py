@@ -102,22 +102,22 @@ def check(objective, index, delta, *, bound=1e-6):
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_every_tensor_against_float64(sizes):
     objective = FusedCudaObjective(*problem(**sizes), seed=3)
-    check(objective, *points(objective, 2))
+    check(objective, *points(objective, 1))
 
 
 def test_a_wide_model_goes_through_memory():
     objective = FusedCudaObjective(*problem(**WIDE))
     assert objective._plan.config.staged
     index, delta = points(objective, 1)
-    check(objective, index[::2], delta[::2])
+    check(objective, index[::3], delta[::3])
 
 
 @pytest.mark.parametrize("mode", [mode for mode in plan.MODES if mode != "fp16x3"])
 def test_the_other_modes(mode):
     # The interpreter computes all of them in float32, so this checks their code, not their error.
-    objective = FusedCudaObjective(*problem(**SIZES["T 17"]), precision=mode)
+    objective = FusedCudaObjective(*problem(**SIZES["three tiles"]), precision=mode)
     index, delta = points(objective, 1)
-    check(objective, index[::3], delta[::3])
+    check(objective, index[::5], delta[::5])
 
 
 def test_a_loss_does_not_depend_on_its_block():
