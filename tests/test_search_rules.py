@@ -1,0 +1,369 @@
+"""The rules that train: combined points, the simplex-gradient step, working sets."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import psfast
+from psfast import PatternSearch
+from psfast.search import Decision, PollState, combinations, with_points
+from psfast.search_simplex import (
+    SimplexGradient,
+    advance_window,
+    direction,
+    measure,
+    new_window,
+    window_count,
+    window_entries,
+)
+
+RULES = {
+    "first": {},
+    "best": {"acceptance": "best"},
+    "combine": {"acceptance": "combine"},
+    "simplex": {"search": SimplexGradient()},
+    "simplex in parts": {"search": SimplexGradient(working_set=7), "acceptance": "best"},
+    "both": {"search": SimplexGradient(), "acceptance": "combine"},
+}
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+
+
+def quadratic(n, condition=10.0, dtype=torch.float64):
+    """A rotated quadratic with its minimum 0 at 0."""
+    torch.manual_seed(n)
+    rotation, _ = torch.linalg.qr(torch.randn(n, n, dtype=dtype))
+    hessian = rotation @ torch.diag(torch.logspace(0, math.log10(condition), n, dtype=dtype))
+    hessian = hessian @ rotation.T
+    return lambda x: 0.5 * x @ hessian @ x
+
+
+def minimise(function, x, rule, most=20_000, **options):
+    """Run to convergence; checks that no step makes the fixed objective worse."""
+    x = nn.Parameter(x)
+    optimizer = PatternSearch([x], **{"radius": 0.5, "min_radius": 1e-2, **rule, **options})
+    last = math.inf
+    while not optimizer.converged and optimizer.evaluations < most:
+        before = x.detach().clone()
+        loss = optimizer.step(lambda: function(x)).item()
+        assert not loss > last  # NaN before and after is no worse
+        if not optimizer.last_poll.accepted:
+            assert torch.equal(x, before)
+        last = loss
+    return optimizer, x.detach(), last
+
+
+# -- the pure functions ---------------------------------------------------------------------
+
+
+def test_combinations_are_the_best_2_4_8_and_all():
+    index = torch.tensor([5, 3, 9, 1, 7, 2, 8])
+    losses = torch.tensor([0.5, 0.1, 2.0, 0.3, 0.2, 0.4, math.nan])
+    places = [p.tolist() for p in combinations(index, losses, 1.0)]
+    assert places == [[1, 4], [1, 4, 3, 5], [1, 4, 3, 5, 0]]
+
+
+def test_combinations_take_the_lower_of_one_coordinates_two_points():
+    index = torch.tensor([4, 4, 6])
+    assert [p.tolist() for p in combinations(index, torch.tensor([0.3, 0.2, 0.4]), 1.0)] == [[1, 2]]
+
+
+@pytest.mark.parametrize("losses", [[], [2.0, 3.0], [0.5, 1.0]])
+def test_no_combination_of_fewer_than_two(losses):
+    assert combinations(torch.arange(len(losses)), torch.tensor(losses), 1.0) == []
+
+
+def test_a_point_wins_only_on_its_own_decrease():
+    failed = Decision(None, math.nan, 4, 0)
+    single = Decision(2, 0.8, 4, 0)
+    assert with_points(failed, [1.1, 0.9], 1.0).point == 1
+    assert with_points(failed, [math.nan, math.inf], 1.0) == failed
+    assert with_points(failed, [0.95], 1.0, decrease=0.1) == failed
+    assert with_points(single, [0.9], 1.0) == single
+    won = with_points(single, [0.9, 0.7], 1.0)
+    assert (won.chosen, won.point, won.loss, won.success) == (None, 1, 0.7, True)
+
+
+@pytest.mark.parametrize("size, working_set", [(1, 5), (17, 17), (129, 16), (151, 150)])
+def test_working_sets_part_all_coordinates(size, working_set):
+    settings = SimplexGradient(working_set)
+    windows = [
+        new_window(3, 0, number, size, settings, torch.zeros(()))
+        for number in range(window_count(size, working_set))
+    ]
+    assert max(len(w.index) for w in windows) <= working_set
+    assert torch.cat([w.index for w in windows]).sort().values.equal(torch.arange(size))
+
+
+@pytest.mark.parametrize("W, most", [(1, 1), (17, 5), (129, 128), (40, 512)])
+def test_a_lap_holds_both_signs_of_every_coordinate_once(W, most):
+    window = new_window(0, 0, 0, W, SimplexGradient(), torch.zeros(()))
+    state, seen = PollState(incumbent=1.0), []
+    while state.lap == 0:
+        place, sign = window_entries(0, window, state, most)
+        assert 1 <= len(place) <= most and len(place.unique()) == len(place)
+        seen += zip(place.tolist(), sign.tolist(), strict=True)
+        failed = Decision(None, math.nan, len(place), 0)
+        state, poll_failed = advance_window(state, failed, 2 * W, 2 * W)
+    assert poll_failed
+    assert sorted(seen) == [(place, sign) for place in range(W) for sign in (-1, 1)]
+
+
+def test_the_poll_fails_only_when_every_working_set_has_failed_at_one_incumbent():
+    size, W, K = 12, 4, 3
+    fail, win = Decision(None, math.nan, K, 0), Decision(0, 0.5, K, 0)
+    state = PollState(incumbent=1.0)
+    # A success in mid-lap, in the second working set: only whole laps after it count.
+    decisions = [fail] * 4 + [win] + [fail] * 20
+    failed_after, evaluated = None, 0
+    for decision in decisions:
+        count = min(K, 2 * W - state.position)
+        evaluated += count
+        decision = decision._replace(decided=count)
+        state, failed = advance_window(state, decision, 2 * W, 2 * size)
+        if failed:
+            failed_after = evaluated
+            break
+    # 8 in the first set, 3 up to the success, the rest of that lap, then three whole laps.
+    assert failed_after == 8 + 8 + 3 * 8
+    assert state.tried == state.position == 0 and state.order == 0
+
+
+def test_the_direction_is_downhill_scaled_and_zero_where_nothing_is_known():
+    settings = SimplexGradient(momentum=0.5, square_momentum=0.5)
+    window = new_window(0, 0, 0, 4, settings, torch.zeros((), dtype=torch.float64))
+    place = torch.tensor([0, 1, 2])
+    window = measure(window, place, torch.tensor([2.0, -300.0, math.nan]).double(), settings)
+    u = direction(window, torch.arange(4), torch.zeros(4).double() + 1e-9, settings)
+    torch.testing.assert_close(u, torch.tensor([-1.0, 1.0, 0.0, 0.0]).double())
+    window = measure(window, place[:1], torch.tensor([-2.0]).double(), settings)
+    # mean 0.5 * 1 - 0.5 * 2 over 1 - 0.5^2; mean square 4
+    u = direction(window, place[:1], torch.zeros(1).double(), settings)
+    torch.testing.assert_close(u, torch.tensor([(0.5 / 0.75) / 2.0]).double())
+
+
+def test_slopes_below_the_rounding_of_the_loss_are_not_amplified():
+    settings = SimplexGradient()
+    window = new_window(0, 0, 0, 2, settings, torch.zeros(()))
+    window = measure(window, torch.arange(2), torch.tensor([1e-9, 1.0]), settings)
+    u = direction(window, torch.arange(2), torch.full((2,), 1e-6), settings)
+    assert abs(u[0]) < 1e-2 and u[1] < -0.99
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"working_set": 0}, "working_set"),
+        ({"lengths": ()}, "lengths"),
+        ({"lengths": (1.0, -1.0)}, "lengths"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"square_momentum": -0.1}, "square_momentum"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SimplexGradient(**settings)
+
+
+def test_a_search_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match="SimplexGradient"):
+        PatternSearch([nn.Parameter(torch.zeros(2))], search="simplex")
+
+
+# -- stress: every rule, on objectives that are hard -------------------------------------------
+
+
+@every_rule
+@pytest.mark.parametrize("n", [1, 2, 17])
+def test_a_rotated_quadratic_is_solved(rule, n):
+    optimizer, _, loss = minimise(quadratic(n), torch.ones(n, dtype=torch.float64), rule)
+    assert optimizer.converged
+    assert loss < 0.05
+
+
+@every_rule
+def test_a_plateau_ends_the_search_by_itself(rule):
+    optimizer, x, loss = minimise(lambda x: 0.0 * x.sum() + 3.0, torch.ones(9), rule)
+    assert optimizer.converged and loss == 3.0
+    assert torch.equal(x, torch.ones(9))
+    # Six halvings from 0.5 below 0.01, each after a complete poll of 18 trial points.
+    assert optimizer.evaluations >= 6 * 18
+
+
+@every_rule
+def test_steps_and_corners_are_no_trap_of_the_rules(rule):
+    optimizer, _, loss = minimise(
+        lambda x: x.abs().max() + (2 * x).round().abs().sum(), torch.full((5,), 2.3), rule
+    )
+    assert optimizer.converged
+    assert loss < 10.0
+
+
+@every_rule
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_regions_without_a_loss_are_never_entered(rule, bad):
+    def function(x):
+        loss = (x - 1.0).square().sum()
+        return torch.where(x.sum() > 4.0, torch.tensor(bad, dtype=loss.dtype), loss)
+
+    optimizer, x, loss = minimise(function, torch.zeros(6, dtype=torch.float64), rule)
+    assert optimizer.converged
+    assert x.sum() <= 4.0 and loss <= 1.5  # from 6
+
+
+@every_rule
+def test_a_start_without_a_loss_is_left(rule):
+    def function(x):
+        return torch.where(x[0] < 0.2, torch.tensor(math.nan), (x - 1.0).square().sum())
+
+    _, _, loss = minimise(function, torch.zeros(3), rule)
+    assert loss < 0.1
+
+
+@every_rule
+@pytest.mark.filterwarnings("ignore:the loss was NaN")
+def test_nothing_but_nan_ends_too(rule):
+    optimizer, x, _ = minimise(lambda x: x.sum() * math.nan, torch.ones(4), rule)
+    assert optimizer.converged and torch.equal(x, torch.ones(4))
+
+
+@every_rule
+def test_a_noisy_loss_neither_raises_nor_hangs(rule):
+    generator = torch.Generator().manual_seed(0)
+
+    def function():
+        noise = torch.randn((), generator=generator, dtype=torch.float64)
+        return x.square().sum() + 0.1 * noise
+
+    x = nn.Parameter(torch.full((20,), 2.0, dtype=torch.float64))
+    optimizer = PatternSearch([x], radius=0.5, max_evaluations=200, block_size=40, **rule)
+    for _ in range(60):
+        assert math.isfinite(optimizer.step(function))
+    assert x.square().sum() < 40.0  # from 80
+
+
+@pytest.mark.parametrize("rule", [RULES["combine"], RULES["simplex"]], ids=["combine", "simplex"])
+def test_a_hundred_thousand_coordinates(rule):
+    n = 100_000
+    x = nn.Parameter(torch.ones(n))
+    optimizer = PatternSearch([x], radius=0.5, block_size=128, max_evaluations=128, **rule)
+    first = last = optimizer.step(lambda: x.square().mean()).item()
+    for _ in range(5):
+        loss = optimizer.step(lambda: x.square().mean()).item()
+        assert loss <= last
+        last = loss
+    assert last < first
+    assert len(optimizer.last_poll.accepted) > 1  # many at once
+
+
+def test_the_simplex_gradient_leaves_the_plain_poll_behind():
+    function = quadratic(60, condition=100.0)
+    start = torch.ones(60, dtype=torch.float64)
+    options = {"most": 4_000, "radius": 0.1, "min_radius": 0.0, "block_size": 30}
+    losses = {name: minimise(function, start, RULES[name], **options)[2] for name in RULES}
+    assert losses["simplex"] < 0.2 * losses["first"]
+    assert losses["simplex"] < 0.2 * losses["best"]
+    assert losses["combine"] < losses["best"]
+
+
+# -- what always holds, with a search ---------------------------------------------------------
+
+
+def network():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    x = torch.randn(40, 6, dtype=torch.float64)
+    y = (x[:, :1] * x[:, 1:2]).sign()
+    return net, lambda: (net(x) - y).square().mean()
+
+
+@every_rule
+def test_a_run_that_is_saved_and_resumed_continues_bit_for_bit(rule):
+    options = {"radius": 0.1, "block_size": 10, "max_evaluations": 10, "seed": 5, **rule}
+    net, loss = network()
+    optimizer = PatternSearch(net.parameters(), **options)
+    for _ in range(13):
+        optimizer.step(loss)
+    weights, state = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict())
+    expected = [optimizer.step(loss).item() for _ in range(25)]
+
+    other, other_loss = network()
+    resumed = PatternSearch(other.parameters(), **options)
+    resumed.step(other_loss)
+    resumed.load_state_dict(state)
+    other.load_state_dict(weights)
+    assert [resumed.step(other_loss).item() for _ in range(25)] == expected
+    assert resumed.evaluations == optimizer.evaluations
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_state_of_another_working_set_is_refused():
+    net, loss = network()
+    optimizer = PatternSearch(net.parameters(), search=SimplexGradient(working_set=30))
+    optimizer.step(loss)
+    other = PatternSearch(net.parameters(), search=SimplexGradient(working_set=20))
+    with pytest.raises(ValueError, match="working_set"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_param_groups_scale_the_points_along_the_direction():
+    a, b = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+    frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+    groups = [{"params": [a, frozen], "radius": 0.1}, {"params": [b], "radius": 0.001}]
+    optimizer = PatternSearch(groups, search=SimplexGradient(lengths=(1.0,)))
+    optimizer.step(lambda: a.sum() + b.sum() + frozen.sum())
+    torch.testing.assert_close(a.detach(), torch.full((5,), 0.9))
+    torch.testing.assert_close(b.detach(), torch.full((5,), 0.999))
+    assert torch.equal(frozen, torch.ones(3))
+
+
+def test_an_exception_in_the_loss_of_a_point_leaves_the_incumbent():
+    x = nn.Parameter(torch.ones(4))
+    optimizer = PatternSearch([x], search=SimplexGradient(), radius=0.1)
+    calls = 0
+
+    def loss():
+        nonlocal calls
+        calls += 1
+        if calls == 6:  # the incumbent, four trial points, then the first point
+            raise KeyError("mine")
+        return x.square().sum()
+
+    with pytest.raises(KeyError, match="mine"):
+        optimizer.step(loss)
+    assert torch.equal(x, torch.ones(4))
+    assert optimizer.step(loss) < 4.0
+
+
+def test_minibatches_and_dropout_do_not_shrink_the_radius():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, 1))
+    optimizer = PatternSearch(
+        net.parameters(), radius=0.05, search=SimplexGradient(), max_evaluations=40
+    )
+    for _ in range(30):
+        x = torch.randn(16, 6)
+        f = psfast.objective(net, nn.MSELoss(), x, x[:, :1], backend="serial")
+        optimizer.step(f)
+    assert optimizer.radius == 0.05
+
+
+def test_it_learns_parity():
+    """Three bits, the smallest transformer: from chance to every state right."""
+    torch.manual_seed(0)
+    data = psfast.StateTrackingDataset(32, 3, sep_token=2, pad_token=3, seed=0)
+    net = psfast.DecoderOnlyTransformer(3, 8, 1, 2, 16, max_len=6, dropout=0.0)
+    objective = psfast.objective(net, psfast.MaskedCrossEntropy(3), data.x, data.y)
+    optimizer = PatternSearch(
+        net.parameters(), radius=0.05, search=SimplexGradient(), block_size=128
+    )
+    supervised = data.y != 3
+    for _ in range(400):
+        optimizer.step(objective)
+        if optimizer.last_poll.loss_after < 0.02:
+            break
+    right = net(data.x).argmax(-1)[supervised] == data.y[supervised]
+    assert right.all()
