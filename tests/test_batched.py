@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import psfast
 from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
 from psfast.objectives.batched import BatchedObjective
 from psfast.objectives.serial import SerialModelObjective
@@ -411,3 +412,23 @@ def test_bad_arguments():
                 f.losses(torch.tensor([index] * K), torch.ones(K))
     with pytest.raises(ValueError, match="must be a scalar"):
         BatchedObjective(arguments[0], lambda out, y: out, *arguments[2:])
+
+
+@pytest.mark.parametrize("acceptance", ["first", "best"])
+@pytest.mark.parametrize("name", ["mlp", "decoder", "gru"])
+def test_the_search_takes_the_serial_steps(name, acceptance):
+    taken = []
+    for backend, block_size in (("serial", 8), ("batched", 8), ("batched", None)):
+        if block_size is None and acceptance == "best":
+            continue  # the best of another block is another step
+        arguments = build(name)
+        f = psfast.objective(*arguments, backend=backend, seed=2)
+        optimizer = psfast.PatternSearch(
+            f.params, radius=0.2, acceptance=acceptance, block_size=block_size, seed=1
+        )
+        taken.append([])
+        for _ in range(6):
+            optimizer.step(f)
+            taken[-1] += optimizer.last_poll.accepted
+    assert taken[0]
+    assert all(steps == taken[0] for steps in taken)
