@@ -15,6 +15,7 @@ pytest.importorskip("hydra")
 pytest.importorskip("lightning")
 
 TINY = [
+    "datamodule.batch_size=4",
     "model.d_model=16",
     "model.n_layers=1",
     "model.n_heads=2",
@@ -80,6 +81,7 @@ def test_the_quick_test_of_the_document(tmp_path):
         "trainer.limit_val_batches=2",
         "logger.offline=True",
         "task.evaluations_per_batch=50",
+        "task.pattern_search_radius=0.1",
         "threads=1",
         cwd=tmp_path,
     )
