@@ -1,0 +1,172 @@
+"""``psfast.objective``: the choice of a backend, and one search across all of them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import psfast
+from psfast.objectives import BACKENDS
+
+WITHOUT_GPU = [name for name in BACKENDS if name != "graph"]
+
+
+def transformer(dropout=0.0):
+    torch.manual_seed(0)
+    model = psfast.DecoderOnlyTransformer(11, 8, 2, 2, 12, max_len=7, dropout=dropout).double()
+    inputs = torch.randint(0, 11, (3, 5))
+    targets = torch.randint(0, 11, (3, 5))
+    return model, psfast.MaskedCrossEntropy(ignore_index=0), inputs, targets
+
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(4, 2).double(), F.mse_loss, torch.randn(6, 4).double(), torch.zeros(6, 2)
+
+
+@pytest.mark.parametrize("backend", WITHOUT_GPU)
+def test_every_backend_takes_the_same_decisions(backend):
+    """200 steps in float64, polls cut short, against the serial backend; bit for bit."""
+    runs = []
+    for name in ("serial", backend):
+        f = psfast.objective(*transformer(), backend=name)
+        assert f.backend == name and f.why_not == {}
+        optimizer = psfast.PatternSearch(f.params, radius=0.4, seed=2, max_evaluations=300)
+        steps = []
+        for _ in range(200):
+            optimizer.step(f)
+            steps.append((optimizer.last_poll.accepted, optimizer.last_poll.evaluations))
+        runs.append((steps, f.flat.buffer.clone(), optimizer.radius))
+    assert runs[0][0] == runs[1][0]
+    assert torch.equal(runs[0][1], runs[1][1]) and runs[0][2] == runs[1][2]
+
+
+@pytest.mark.parametrize("backend", WITHOUT_GPU)
+def test_block_sizes_change_no_bit_of_a_loss(backend):
+    f = psfast.objective(*transformer(dropout=0.2), backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    index = torch.randint(0, f.flat.size, (60,), generator=generator)
+    delta = 0.3 * torch.randn(60, generator=generator, dtype=torch.float64)
+    whole = f.losses(index, delta)
+    order = torch.randperm(60, generator=generator)
+    assert torch.equal(f.losses(index[order], delta[order]), whole[order])
+    for size in (1, 7):
+        parts = [f.losses(i, d) for i, d in zip(index.split(size), delta.split(size), strict=True)]
+        assert torch.equal(torch.cat(parts), whole), size
+
+
+@pytest.mark.parametrize("backend", WITHOUT_GPU)
+def test_one_point_with_many_changes(backend):
+    f = psfast.objective(*transformer(), backend=backend)
+    exact = psfast.objective(*transformer(), backend="serial")
+    index = torch.randperm(f.flat.size, generator=torch.Generator().manual_seed(3))[:50]
+    delta = torch.full((50,), 0.1, dtype=torch.float64)
+    before = f().item()
+    assert f.loss_at(index, delta).item() == pytest.approx(
+        exact.loss_at(index, delta).item(), rel=1e-9
+    )
+    assert f().item() == before
+    f.accept(index, delta)
+    exact.accept(index, delta)
+    assert f().item() == pytest.approx(exact().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("backend", WITHOUT_GPU)
+def test_two_objectives_over_one_model_follow_each_other(backend):
+    model, criterion, inputs, targets = transformer()
+    one = psfast.objective(model, criterion, inputs, targets, backend=backend)
+    other = psfast.objective(model, criterion, inputs, targets, backend=backend)
+    one.accept(torch.tensor([5]), torch.tensor([0.7], dtype=torch.float64))
+    assert other().item() == one().item()
+    model.load_state_dict({name: 0.5 * v for name, v in model.state_dict().items()})
+    expected = criterion(model(inputs), targets).item()
+    for f in (one, other):
+        assert f().item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("backend", WITHOUT_GPU)
+def test_set_batch_goes_on_with_another_batch(backend):
+    model, criterion, inputs, targets = transformer()
+    f = psfast.objective(model, criterion, inputs, targets, backend=backend)
+    for shape in ((3, 5), (2, 6)):
+        inputs, targets = torch.randint(0, 11, shape), torch.randint(1, 11, shape)
+        f.set_batch(inputs, targets)
+        assert f().item() == pytest.approx(criterion(model(inputs), targets).item(), rel=1e-9)
+
+
+def test_auto_takes_the_fastest_and_says_why_not_a_faster_one():
+    assert psfast.objective(*transformer()).backend == "fused"
+    f = psfast.objective(*linear())
+    assert f.backend == "batched"
+    assert "DecoderOnlyTransformer" in f.why_not["fused"]
+
+
+class Branching(nn.Module):
+    """Cannot be traced: it looks at a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x):
+        if self.weight.sum().item() > 2:
+            return x * self.weight
+        return x - self.weight
+
+
+def test_auto_falls_back_to_serial_with_every_reason():
+    x = torch.ones(2, 3, dtype=torch.float64)
+    f = psfast.objective(Branching(), F.mse_loss, x, 0 * x)
+    assert f.backend == "serial" and set(f.why_not) == {"fused", "batched", "graph"}
+    optimizer = psfast.PatternSearch(f.params, radius=0.25)
+    for _ in range(20):
+        loss = optimizer.step(f)
+    assert loss < 0.2
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"backend": "quick"}, ValueError, "backend must be one of 'auto', 'fused'.*'quick'"),
+        ({"backend": "fused"}, ValueError, "must be a DecoderOnlyTransformer, got Linear"),
+        ({"workspace": 1}, TypeError, "options need an explicit backend"),
+        ({"params": []}, ValueError, "at least one"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        psfast.objective(*linear(), **arguments)
+
+
+def test_arguments_of_a_wrong_type():
+    model, criterion, inputs, targets = linear()
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got function"):
+        psfast.objective(lambda x: x, criterion, inputs, targets)
+    with pytest.raises(TypeError, match="criterion must be callable, got str"):
+        psfast.objective(model, "mse", inputs, targets)
+
+
+@pytest.mark.parametrize("backend", WITHOUT_GPU)
+@pytest.mark.parametrize(
+    "index, delta, error, message",
+    [
+        ([0], torch.ones(1), TypeError, "index must be a tensor, got list"),
+        (torch.tensor([0.5]), torch.ones(1), TypeError, "index must be int64, got torch.float32"),
+        (torch.tensor([0]), torch.tensor([1]), TypeError, "delta must be floating-point"),
+        (torch.tensor([[0]]), torch.ones(1, 1), ValueError, r"shape \(K,\), got \(1, 1\)"),
+        (torch.tensor([0, 1]), torch.ones(1), ValueError, "same length, got 2 and 1"),
+        (torch.tensor([10**6]), torch.ones(1), IndexError, "index must lie in"),
+        (torch.tensor([-1]), torch.ones(1), IndexError, "index must lie in"),
+    ],
+)
+def test_bad_blocks(backend, index, delta, error, message):
+    f = psfast.objective(*transformer(), backend=backend)
+    with pytest.raises(error, match=message):
+        f.losses(index, delta)
+
+
+@pytest.mark.parametrize("backend", WITHOUT_GPU)
+def test_an_empty_block(backend):
+    f = psfast.objective(*transformer(), backend=backend)
+    none = torch.tensor([], dtype=torch.int64)
+    assert f.losses(none, none.double()).shape == (0,)
