@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 PROJECT := pyproject.toml setup.py constraints.txt
 SOURCES := $(wildcard csrc/*)
 
+# A thread that spins while it waits takes the core that the others need.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: train test bench kernels lint test-sanitize clean
 
 train: $(VENV)/.train
