@@ -27,6 +27,16 @@ void on_threads(int64_t n, Work work) {
   });
 }
 
+// How many of n sequences to evaluate together: all threads get some, and lanes are not left
+// over. (A tile with few sequences gives each several lanes.)
+int64_t share(int64_t n, int narrow, int wide) {
+  const int64_t each = (n + torch::stable::get_num_threads() - 1) / torch::stable::get_num_threads();
+  if (each > narrow) return wide;
+  int64_t step = 1;
+  while (step < each) step *= 2;
+  return std::min<int64_t>(step, narrow);
+}
+
 constexpr int64_t kLayerBits = 24, kHeadBits = 16;
 
 // Trial points with one key start alike. Keys ascend with the layer: the dearest come first.
@@ -39,6 +49,17 @@ uint64_t key_of(const Context<R>& c, const Trial<R>& t) {
   if (t.at.kind == Kind::position) head = t.at.row;  // later positions leave more untouched
   return static_cast<uint64_t>(layer) << kLayerBits | static_cast<uint64_t>(t.entry) << kHeadBits |
          static_cast<uint64_t>(std::min<int64_t>(head, (1 << kHeadBits) - 1));
+}
+
+// Groups of at most `step` streams each.
+std::vector<Group> cut(const std::vector<Group>& whole, int64_t step) {
+  std::vector<Group> parts;
+  for (Group part : whole)
+    for (const int64_t end = part.end; part.begin < end; part.begin = part.end) {
+      part.end = std::min(end, part.begin + step);
+      parts.push_back(part);
+    }
+  return parts;
 }
 
 // The change of one logit's row in closed form:
@@ -106,9 +127,7 @@ void losses(const Context<R>& c, const int64_t* index, const R* delta, int64_t K
     while (end < order.size() && order[end].first == order[begin].first) ++end;
     const Trial<R>& t = trials[order[begin].second];
     if (t.entry == Entry::head) {
-      for (size_t i = begin; i < end; i += kChunk)
-        groups.push_back({Entry::head, 0, 0, static_cast<int64_t>(i),
-                          static_cast<int64_t>(std::min(end, i + kChunk))});
+      groups.push_back({Entry::head, 0, 0, static_cast<int64_t>(begin), static_cast<int64_t>(end)});
       continue;
     }
     const int64_t from = streams.size();
@@ -119,10 +138,10 @@ void losses(const Context<R>& c, const int64_t* index, const R* delta, int64_t K
       }
     const int64_t to = streams.size();
     const int32_t head = t.entry == Entry::scores ? t.at.row / (3 * s.dk()) : 0;
-    for (int64_t i = from; i < to; i += run.wide)
-      groups.push_back({t.entry, static_cast<int32_t>(order[begin].first >> kLayerBits), head, i,
-                        std::min(to, i + run.wide)});
+    groups.push_back(
+        {t.entry, static_cast<int32_t>(order[begin].first >> kLayerBits), head, from, to});
   }
+  groups = cut(groups, share(streams.size(), run.narrow, run.wide));
 
   // 3. The groups; each stream's change goes to its own place.
   std::vector<double> change(K * s.B, 0.0);
@@ -170,7 +189,7 @@ void refresh(const Context<R>& c, const int64_t* changed, int64_t count) {
   } else {
     on_threads(s.L + 1, [&](int64_t l) { run.prepare(c, l); });
   }
-  const int64_t step = run.narrow;
+  const int64_t step = share(s.B, run.narrow, run.narrow);
   on_threads((s.B + step - 1) / step, [&](int64_t i) {
     run.refresh(c, layer, behind_attention, i * step,
                 static_cast<int>(std::min(step, s.B - i * step)));

@@ -1,8 +1,11 @@
 // The evaluator of groups of trial points, compiled once an instruction set.
 //
-// A tile is M vectors of W lanes: M * W sequences side by side, lane = sequence of one trial
-// point. An activation of width N at one position is a panel [N][M] of vectors. Products read
-// a weight once for all lanes; LayerNorm, softmax and attention have no sums across lanes.
+// A tile is M vectors of W lanes, each lane a sequence as one trial point sees it. An activation
+// of width N at one position is a panel [N][M] of vectors. Products read a weight once for all
+// lanes; LayerNorm, softmax and attention have no sums across lanes.
+//
+// Where there are few sequences, F lanes share one: panel p holds its positions F p to
+// F p + F - 1 (its phases), and keys and values are spread to all lanes before attention.
 //
 // Included by the evaluator's files inside their own namespace.
 
@@ -71,16 +74,20 @@ class Tile {
     static thread_local Arena arena;
     const int64_t widest = std::max(std::max(c.layout->layers[0].qkv.N, c.layout->head.N),
                                     c.layout->layers[0].ff1.N);
-    const int64_t vectors = M * (3 * s.T * s.D + s.T * 3 * s.dk_padded() + 2 * widest + s.T +
-                                 2 * round_up(s.D) + 3 * s.T);
-    arena.reserve(vectors * sizeof(V) + widest * 4 + s.T + 20 * 64);
+    const int64_t times = s.T + W;  // padded to whole panels
+    const int64_t vectors = M * (3 * s.T * s.D + (s.T + 2 * times / 3 + 1) * 3 * s.dk_padded() +
+                                 2 * widest + times + 2 * round_up(s.D) + 3 * s.T);
+    arena.reserve(vectors * sizeof(V) + widest * 4 + s.T + 2 * S * s.T * 8 + 24 * 64);
     x = arena.template take<V>(M * s.T * s.D);
     centred = arena.template take<V>(M * s.T * s.D);
     mixed = arena.template take<V>(M * s.T * s.D);
     head_qkv = arena.template take<V>(M * s.T * 3 * s.dk_padded());
     wide = arena.template take<V>(M * widest);
     column = arena.template take<V>(M * widest);
-    weights_row = arena.template take<V>(M * s.T);
+    spread_kv = arena.template take<V>(M * times * 2 * s.dk_padded());
+    weights_row = arena.template take<V>(M * times);
+    row_change = arena.template take<double>(S * s.T);
+    row_ratio = arena.template take<double>(S * s.T);
     stream_column = arena.template take<V>(M * round_up(s.D));
     narrow = arena.template take<V>(M * round_up(s.D));
     rstd = arena.template take<V>(M * s.T);
@@ -92,20 +99,20 @@ class Tile {
 
   // Evaluates n <= S streams and writes each one's change of the summed loss to diff[0..n).
   void evaluate(const Group& group, const Stream* streams, int n, double* diff) {
-    place(n, [&](int lane) { return streams[lane].b; });
-    first = static_cast<int>(s.T);
-    for (int i = 0; i < n; ++i) first = std::min<int>(first, streams[i].t0);
+    place(n, [&](int i) { return streams[i].b; });
+    int t0 = static_cast<int>(s.T);
+    for (int i = 0; i < n; ++i) t0 = std::min<int>(t0, streams[i].t0);
+    first = t0 / F;
     start(group, streams);
-    for (int i = 0; i < n; ++i) diff[i] = loss[i] + std::log(ratio[i]);
+    for (int i = 0; i < n; ++i) diff[i] = change_of(streams[i].b, i, first * F);
   }
 
   // Runs the incumbent from layer `l`, from behind attention if `behind_attention`, for the
   // sequences [b0, b0 + n), and keeps its activations.
   void refresh(int64_t l, bool behind_attention, int64_t b0, int n) {
-    place(n, [&](int lane) { return b0 + lane; });
+    place(n, [&](int i) { return b0 + i; });
     first = 0;
     store = true;
-    lanes = n;
     for (int p = 0; p < P; ++p) {
       if (l == 0 && !behind_attention) embed(p);
       else load(x_at(p), c.at(input_of(l)), s.D, p, s.D);
@@ -133,14 +140,17 @@ class Tile {
   const Context<R>& c;
   const Sizes& s;
   const Trial<R>* trials;
-  V *x, *centred, *mixed, *head_qkv, *wide, *column, *weights_row, *stream_column, *narrow;
-  V *rstd, *g, *g_key;
+  V *x, *centred, *mixed, *head_qkv, *spread_kv, *wide, *column, *weights_row, *stream_column;
+  V *narrow, *rstd, *g, *g_key;
+  double *row_change, *row_ratio;  // [S][T]
   int32_t* list;
   uint8_t* need;
   int64_t b[S];
-  double loss[S], ratio[S];
+  int stream[S], phase[S];  // of each lane
+  int32_t spread[W];        // where each lane finds phase 0 of its sequence (M = 1)
   bool uniform = true, store = false;
-  int P = 0, first = 0, lanes = 0;
+  int P = 0, first = 0, lanes = 0, F = 1;  // panels, the first to compute, lanes in use
+  int64_t live = 0;
 
   const LayerSpace& layer(int64_t l) const { return c.layout->layers[l]; }
   const LayerWeights& weights(int64_t l) const { return c.map->layers[l]; }
@@ -149,23 +159,51 @@ class Tile {
   V* centred_at(int p) const { return centred + p * s.D * M; }
   V* mixed_at(int p) const { return mixed + p * s.D * M; }
   bool needed(int64_t l, int p) const { return l < s.L - 1 || need[p]; }
-  int64_t row(int lane, int p) const { return b[lane] * s.T + p; }
+  int time(int lane, int p) const { return p * F + phase[lane]; }
+  bool counts(int lane, int p) const { return time(lane, p) < c.batch->length[b[lane]]; }
+  // Lanes past the end of their sequence repeat its last position; nothing reads them.
+  int64_t row(int lane, int p) const {
+    return b[lane] * s.T + std::min<int64_t>(time(lane, p), s.T - 1);
+  }
+  const Trial<R>& trial_of(int lane, const Stream* streams) const {
+    return trials[streams[stream[lane]].trial];
+  }
 
   template <class Sequence>
   void place(int n, Sequence sequence) {
-    uniform = true;
-    P = 0;
+    F = 1;
+    while (M == 1 && 2 * F * n <= W) F *= 2;
+    lanes = n * F;
+    uniform = F == 1;
+    int longest = 0;
     for (int i = 0; i < S; ++i) {
-      b[i] = sequence(i < n ? i : 0);
+      stream[i] = i < lanes ? i / F : 0;
+      phase[i] = i % F;
+      b[i] = sequence(stream[i]);
       uniform = uniform && b[i] == b[0];
-      P = std::max<int>(P, c.batch->length[b[i]]);
-      loss[i] = 0;
-      ratio[i] = 1;
+      longest = std::max<int>(longest, c.batch->length[b[i]]);
+      if (M == 1) spread[i] = i - phase[i];
     }
+    P = (longest + F - 1) / F;
     for (int p = 0; p < P; ++p) {
       need[p] = 0;
-      for (int i = 0; i < S; ++i) need[p] |= c.batch->supervised[row(i, p)];
+      for (int i = 0; i < S; ++i) need[p] |= counts(i, p) && c.batch->supervised[row(i, p)];
     }
+  }
+
+  // The change of the summed loss of stream i, its rows from t0 on added in their order.
+  double change_of(int64_t sequence, int i, int t0) const {
+    const uint8_t* supervised = c.batch->supervised.data() + sequence * s.T;
+    double change = 0, ratio = 1;
+    for (int t = t0; t < c.batch->length[sequence]; ++t) {
+      if (!supervised[t]) continue;
+      change += row_change[i * s.T + t];
+      ratio *= row_ratio[i * s.T + t];
+      if (t % 8 != 7) continue;
+      change += std::log(ratio);  // before the product can leave the range of a double
+      ratio = 1;
+    }
+    return change + std::log(ratio);
   }
 
   // panel [N] <- rows of a cached array of width ld.
@@ -183,9 +221,20 @@ class Tile {
     }
   }
 
+  // The same at one position for all lanes, whatever their phases.
+  void load_time(V* panel, const R* base, int64_t ld, int t, int64_t N) const {
+    if (uniform) return load(panel, base, ld, t, N);
+    for (int i = 0; i < S; ++i) {
+      const R* from = base + (b[i] * s.T + t) * ld;
+      R* to = reinterpret_cast<R*>(panel) + i;
+      for (int64_t n = 0; n < N; ++n) to[n * S] = from[n];
+    }
+  }
+
   // The reverse, for the incumbent.
   void keep(const V* panel, R* base, int64_t ld, int p, int64_t N) const {
     for (int i = 0; i < lanes; ++i) {
+      if (time(i, p) >= s.T) continue;
       R* to = base + row(i, p) * ld;
       const R* from = reinterpret_cast<const R*>(panel) + i;
       for (int64_t n = 0; n < N; ++n) to[n] = from[n * S];
@@ -194,18 +243,53 @@ class Tile {
 
   // panel [N] <- for each lane the N numbers that `at(trial, n)` names.
   template <class At>
-  void gather(V* panel, const Stream* streams, int n_lanes, int64_t N, At at) const {
+  void gather(V* panel, const Stream* streams, int64_t N, At at) const {
     for (int i = 0; i < S; ++i) {
-      const Trial<R>& trial = trials[streams[i < n_lanes ? i : 0].trial];
+      const Trial<R>& trial = trial_of(i, streams);
       R* to = reinterpret_cast<R*>(panel) + i;
       for (int64_t n = 0; n < N; ++n) to[n * S] = at(trial, n);
     }
   }
 
+  // The same where the numbers come in runs of kBlock, `stride` apart: column k of a pack, or a
+  // row of `centred` or `product`. N is whole blocks.
+  struct Runs {
+    const R* from;
+    int64_t stride;
+  };
+  template <class Of>
+  void gather_runs(V* panel, const Stream* streams, int64_t N, Of of) const {
+    for (int i = 0; i < S; ++i) {
+      const Runs runs = of(trial_of(i, streams));
+      R* to = reinterpret_cast<R*>(panel) + i;
+      for (int64_t block = 0; block < N / kBlock; ++block)
+        for (int k = 0; k < kBlock; ++k)
+          to[(block * kBlock + k) * S] = runs.from[block * runs.stride + k];
+    }
+  }
+  Runs pack_column(size_t pack, int64_t k, int64_t K) const {
+    return {c.at(pack) + k * kBlock, K * kBlock};
+  }
+  Runs row_of(size_t rows, int64_t row, int64_t N) const {
+    return {c.at(rows) + row * N, kBlock};
+  }
+  // stream_column, zeros so far: 1 at the element that each lane's trial point changes, if one.
+  template <class Element>
+  void set_ones(const Stream* streams, Element element) {
+    for (int i = 0; i < S; ++i) {
+      const int64_t n = element(trial_of(i, streams));
+      if (n >= 0) reinterpret_cast<R*>(stream_column)[n * S + i] = R(1);
+    }
+  }
+  static const R* zeros() {
+    static const R values[kBlock] = {};
+    return values;
+  }
+
   void embed(int p) {
     for (int i = 0; i < S; ++i) {
       const R* token = c.w(c.map->tokens) + c.tokens[row(i, p)] * s.D;
-      const R* position = c.w(c.map->positions) + p * s.D;
+      const R* position = c.w(c.map->positions) + row(i, p) % s.T * s.D;
       R* to = reinterpret_cast<R*>(x_at(p)) + i;
       for (int64_t n = 0; n < s.D; ++n) to[n * S] = token[n] + position[n];
     }
@@ -283,33 +367,48 @@ class Tile {
       for (int m = 0; m < M; ++m) to[n * M + m] += g[p * M + m] * column[(n0 + n) * M + m];
   }
 
-  // weights_row[0..p] <- softmax of scores there.
+  // How many keys the last phase of panel p sees.
+  int keys(int p) const { return std::min<int>(p * F + F, static_cast<int>(s.T)); }
+
+  // Which lanes of panel p do not see key j.
+  template <class Value>
+  void hide(int p, int j, V* v, Value value) const {
+    if (F == 1 || j <= p * F) return;
+    for (int i = 0; i < S; ++i)
+      if (time(i, p) < j) reinterpret_cast<R*>(v)[i] = value;
+  }
+
+  // weights_row[0..keys) <- softmax of the scores there.
   void softmax(int p) {
+    const int n = keys(p);
+    for (int j = p * F + 1; j < n; ++j)
+      hide(p, j, weights_row + j * M, -std::numeric_limits<R>::infinity());
     V top[M];
     for (int m = 0; m < M; ++m) top[m] = weights_row[m];
-    for (int j = 1; j <= p; ++j)
+    for (int j = 1; j < n; ++j)
       for (int m = 0; m < M; ++m) {
         const V v = weights_row[j * M + m];
         top[m] = v > top[m] ? v : top[m];
       }
     V sum[M] = {};
-    for (int j = 0; j <= p; ++j)
-      for (int m = 0; m < M; ++m) {
-        const V e = exp_negative<R>(weights_row[j * M + m] - top[m]);
-        weights_row[j * M + m] = e;
-        sum[m] += e;
-      }
+    for (int j = 0; j < n; ++j) {
+      V* e = weights_row + j * M;
+      for (int m = 0; m < M; ++m) e[m] = exp_negative<R>(e[m] - top[m]);
+      hide(p, j, e, R(0));
+      for (int m = 0; m < M; ++m) sum[m] += e[m];
+    }
     for (int m = 0; m < M; ++m) sum[m] = splat<R>(1) / sum[m];
-    for (int j = 0; j <= p; ++j)
+    for (int j = 0; j < n; ++j)
       for (int m = 0; m < M; ++m) weights_row[j * M + m] *= sum[m];
   }
 
   // out[0..dk) = the weighted mean of the values, `stride` vectors a position.
   void mix(int p, const V* values, int64_t stride, V* out) const {
+    const int n = keys(p);
     for (int64_t f = 0; f < s.dk(); f += 4) {
       const int64_t some = std::min<int64_t>(4, s.dk() - f);
       V acc[4][M] = {};
-      for (int j = 0; j <= p; ++j) {
+      for (int j = 0; j < n; ++j) {
         const V* v = values + j * stride + f * M;
         for (int i = 0; i < 4; ++i)
           for (int m = 0; m < M; ++m) acc[i][m] += weights_row[j * M + m] * v[i * M + m];
@@ -319,12 +418,31 @@ class Tile {
     }
   }
 
-  void attend(int64_t l, int64_t h, int p) {
-    const int64_t dk = s.dk(), width = s.dk_padded(), stride = 3 * width * M;
-    const V* q = head_qkv + p * stride;
+  // Keys, then values, by position: those of this tile, before `first` the incumbent's.
+  const V* head_keys(int64_t l, int64_t h, int64_t* stride) {
+    const int64_t width = s.dk_padded();
+    const bool direct = F == 1;
+    V* to = direct ? head_qkv + width * M : spread_kv;
+    *stride = (direct ? 3 : 2) * width * M;
+    for (int t = 0; t < first * F; ++t)
+      load_time(to + t * *stride, c.at(layer(l).qkv_out) + (3 * h + 1) * width, layer(l).qkv.N, t,
+                2 * width);
+    if (direct) return to;
+    for (int t = first * F; t < keys(P - 1); ++t) {
+      const V* from = head_qkv + (t / F * 3 + 1) * width * M;
+      int32_t at[W];
+      for (int i = 0; i < W; ++i) at[i] = spread[i] + t % F;
+      for (int64_t n = 0; n < 2 * width; ++n) to[t * *stride + n] = permute<R>(from[n], at);
+    }
+    return to;
+  }
+
+  void attend(int64_t l, int64_t h, int p, const V* kv, int64_t stride) {
+    const int64_t dk = s.dk(), width = s.dk_padded();
+    const V* q = head_qkv + p * 3 * width * M;
     const R scale = R(1) / std::sqrt(static_cast<R>(dk));
-    for (int j = 0; j <= p; ++j) {
-      const V* k = head_qkv + j * stride + width * M;
+    for (int j = 0; j < keys(p); ++j) {
+      const V* k = kv + j * stride;
       V acc[M] = {};
       for (int64_t f = 0; f < dk; ++f)
         for (int m = 0; m < M; ++m) acc[m] += q[f * M + m] * k[f * M + m];
@@ -333,33 +451,32 @@ class Tile {
     if (store) keep_row(layer(l).scores, h, p);
     softmax(p);
     if (store) keep_row(layer(l).probs, h, p);
-    mix(p, head_qkv + 2 * width * M, stride, mixed_at(p) + h * dk * M);
+    mix(p, kv + width * M, stride, mixed_at(p) + h * dk * M);
   }
 
   void keep_row(size_t offset, int64_t h, int p) {
     for (int i = 0; i < lanes; ++i) {
-      R* to = c.at(offset) + ((b[i] * s.H + h) * s.T + p) * s.T;
-      for (int j = 0; j <= p; ++j) to[j] = reinterpret_cast<R*>(weights_row)[j * S + i];
+      const int t = time(i, p);
+      if (t >= s.T) continue;
+      R* to = c.at(offset) + ((b[i] * s.H + h) * s.T + t) * s.T;
+      for (int j = 0; j <= t; ++j) to[j] = reinterpret_cast<R*>(weights_row)[j * S + i];
     }
   }
 
   // x <- x + attention(ln1(x)) at the positions needed from here on.
   template <class Way>
   void attention_layer(int64_t l, Way way) {
-    const int64_t width = s.dk_padded(), stride = 3 * width * M;
-    const Fold& f = layer(l).qkv;
     if (!std::is_same<Way, Given>::value)
       for (int p = first; p < P; ++p) {
         center(x_at(p), centred_at(p), rstd + p * M);
         if (store) keep_normalised(centred_at(p), rstd + p * M, layer(l).xhat1, p);
       }
     for (int64_t h = 0; h < s.H; ++h) {
-      for (int p = 0; p < first; ++p)
-        load(head_qkv + p * stride + width * M, c.at(layer(l).qkv_out) + (3 * h + 1) * width, f.N,
-             p, 2 * width);
       for (int p = first; p < P; ++p) head_projection(l, h, p, way);
+      int64_t stride;
+      const V* kv = head_keys(l, h, &stride);
       for (int p = first; p < P; ++p)
-        if (needed(l, p)) attend(l, h, p);
+        if (needed(l, p)) attend(l, h, p, kv, stride);
     }
     const R* bias = c.w(weights(l).out_b);
     for (int p = first; p < P; ++p) {
@@ -408,8 +525,6 @@ class Tile {
       live += any;
     }
   }
-
-  int64_t live = 0;
 
   // x <- y + dropout(ff2(wide)); x holds y.
   void second(int64_t l, int p) {
@@ -466,8 +581,8 @@ class Tile {
       for (int m = 0; m < M; ++m) wide[n * M + m] += g[p * M + m] * column[n * M + m];
   }
 
-  // Adds the row's loss minus the incumbent's, as a difference and a ratio whose logarithm is
-  // taken once: log(sum / sum0) over the rows is the logarithm of the product.
+  // Each row's loss minus the incumbent's, as a difference and a ratio whose logarithm is taken
+  // once a sequence: log(sum / sum0) over the rows is the logarithm of the product.
   void cross_entropy(int p) {
     V top[M], sum[M] = {};
     for (int m = 0; m < M; ++m) top[m] = wide[m];
@@ -481,22 +596,16 @@ class Tile {
     const R* tops = reinterpret_cast<const R*>(top);
     const R* sums = reinterpret_cast<const R*>(sum);
     const R* logits = reinterpret_cast<const R*>(wide);
-    for (int i = 0; i < S; ++i) {
+    for (int i = 0; i < lanes; ++i) {
       const int64_t at = row(i, p);
-      if (!c.batch->supervised[at]) continue;
+      if (!counts(i, p) || !c.batch->supervised[at]) continue;
       const double shift = double(tops[i]) - double(logits[c.targets[at] * S + i]);
       if (store) {
-        if (i < lanes) {
-          c.row_shift()[at] = shift;
-          c.row_sum()[at] = sums[i];
-        }
-        continue;
-      }
-      loss[i] += shift - c.row_shift()[at];
-      ratio[i] *= double(sums[i]) / c.row_sum()[at];
-      if (p % 8 == 7) {  // before the product can leave the range of a double
-        loss[i] += std::log(ratio[i]);
-        ratio[i] = 1;
+        c.row_shift()[at] = shift;
+        c.row_sum()[at] = sums[i];
+      } else {
+        row_change[stream[i] * s.T + time(i, p)] = shift - c.row_shift()[at];
+        row_ratio[stream[i] * s.T + time(i, p)] = double(sums[i]) / c.row_sum()[at];
       }
     }
   }
@@ -516,50 +625,47 @@ class Tile {
   }
 
   void start(const Group& group, const Stream* streams) {
-    const int n = static_cast<int>(group.end - group.begin);
     const int64_t l = group.layer;
-    if (group.entry != Entry::scores) coefficients(streams, n);
+    if (group.entry != Entry::scores) coefficients(streams);
     switch (group.entry) {
-      case Entry::stream: return start_stream(l, streams, n, true);
-      case Entry::stream_plain: return start_stream(l, streams, n, false);
-      case Entry::qkv: return start_qkv(l, streams, n);
-      case Entry::scores: return start_scores(l, group.head, streams, n);
-      case Entry::attention: return start_attention(l, streams, n);
-      case Entry::hidden: return start_hidden(l, streams, n);
-      case Entry::logits: return start_logits(streams, n);
+      case Entry::stream: return start_stream(l, streams, true);
+      case Entry::stream_plain: return start_stream(l, streams, false);
+      case Entry::qkv: return start_qkv(l, streams);
+      case Entry::scores: return start_scores(l, group.head, streams);
+      case Entry::attention: return start_attention(l, streams);
+      case Entry::hidden: return start_hidden(l, streams);
+      case Entry::logits: return start_logits(streams);
       default: return;
     }
   }
 
-  void coefficients(const Stream* streams, int n) {
+  void coefficients(const Stream* streams) {
     R* to = reinterpret_cast<R*>(g);
     for (int i = 0; i < S; ++i) {
-      const Trial<R>& trial = trials[streams[i < n ? i : 0].trial];
-      for (int p = first; p < P; ++p) {
-        const bool counts = p < c.batch->length[b[i]];
-        to[p * S + i] = counts ? coefficient(c, trial, b[i], p) : R(0);
-      }
+      const Trial<R>& trial = trial_of(i, streams);
+      for (int p = first; p < P; ++p)
+        to[p * S + i] = counts(i, p) ? coefficient(c, trial, b[i], time(i, p)) : R(0);
     }
   }
 
   // Where the residual stream itself changes: before layer l, or before final_norm for l = L.
-  void start_stream(int64_t l, const Stream* streams, int n, bool prepared) {
-    gather(stream_column, streams, n, s.D, [&](const Trial<R>& t, int64_t i) {
-      if (t.at.kind != Kind::ff1_w && t.at.kind != Kind::ff1_b)
-        return R(i == (t.at.kind == Kind::ff2_w || t.at.kind == Kind::ff2_b ? t.at.row : t.at.col));
-      const R* pack = c.at(layer(t.at.layer).ff2_pack);
-      return pack[(i / kBlock * s.F + t.at.row) * kBlock + i % kBlock];
+  void start_stream(int64_t l, const Stream* streams, bool prepared) {
+    auto element = [](const Trial<R>& t) {  // the one that changes; -1 for a whole column of ff2
+      const bool ff2 = t.at.kind == Kind::ff2_w || t.at.kind == Kind::ff2_b;
+      const bool ff1 = t.at.kind == Kind::ff1_w || t.at.kind == Kind::ff1_b;
+      return ff1 ? -1 : ff2 ? t.at.row : t.at.col;
+    };
+    gather_runs(stream_column, streams, round_up(s.D), [&](const Trial<R>& t) {
+      const bool whole = element(t) < 0;
+      return whole ? pack_column(layer(t.at.layer).ff2_pack, t.at.row, s.F) : Runs{zeros(), 0};
     });
+    set_ones(streams, element);
     const Fold& f = l < s.L ? layer(l).qkv : c.layout->head;
-    if (prepared) gather(column, streams, n, f.N, [&](const Trial<R>& t, int64_t i) {
-      switch (t.at.kind) {
-        case Kind::ff1_w:
-        case Kind::ff1_b: return c.at(f.product)[t.at.row * f.N + i];
-        case Kind::ff2_w:
-        case Kind::ff2_b: return c.at(f.centred)[t.at.row * f.N + i];
-        default: return c.at(f.centred)[t.at.col * f.N + i];
-      }
-    });
+    if (prepared)
+      gather_runs(column, streams, f.N, [&](const Trial<R>& t) {
+        const bool whole = element(t) < 0;
+        return whole ? row_of(f.product, t.at.row, f.N) : row_of(f.centred, element(t), f.N);
+      });
     for (int p = first; p < P; ++p) {
       if (l == s.L && !need[p]) continue;
       V* to = x_at(p);
@@ -594,10 +700,10 @@ class Tile {
     remaining(l + 1);
   }
 
-  void start_qkv(int64_t l, const Stream* streams, int n) {
+  void start_qkv(int64_t l, const Stream* streams) {
     const R* weight = c.w(weights(l).qkv_w);
     const int64_t width = s.dk_padded();
-    gather(column, streams, n, layer(l).qkv.N, [&](const Trial<R>& t, int64_t i) {
+    gather(column, streams, layer(l).qkv.N, [&](const Trial<R>& t, int64_t i) {
       const int64_t part = i / width, k = i % width;
       return k < s.dk() ? weight[(part * s.dk() + k) * s.D + t.at.row] : R(0);
     });
@@ -608,47 +714,53 @@ class Tile {
   }
 
   // A row of q or k of head h: score[t][j] changes by query[t] * key[j].
-  void score_factors(int64_t l, int64_t h, const Stream* streams, int n) {
+  void score_factors(int64_t l, int64_t h, const Stream* streams) {
     const LayerSpace& a = layer(l);
     const R scale = R(1) / std::sqrt(static_cast<R>(s.dk()));
     const R *gain = c.w(weights(l).ln1_w), *shift = c.w(weights(l).ln1_b);
     R *query = reinterpret_cast<R*>(g), *key = reinterpret_cast<R*>(g_key);
     for (int i = 0; i < S; ++i) {
-      const Trial<R>& t = trials[streams[i < n ? i : 0].trial];
+      const Trial<R>& t = trial_of(i, streams);
       const bool is_query = t.at.row / s.dk() % 3 == 0, is_bias = t.at.kind == Kind::qkv_b;
       // A query's change meets the keys, a key's change the queries.
       const int64_t partner = (3 * h + (is_query ? 1 : 0)) * s.dk_padded() + t.at.row % s.dk();
-      for (int p = 0; p < P; ++p) {
-        const bool counts = p < c.batch->length[b[i]];
-        R input = R(1), other = R(0);
-        if (counts) {
-          other = c.at(a.qkv_out)[row(i, p) * a.qkv.N + partner];
-          if (!is_bias) input = c.at(a.xhat1)[row(i, p) * s.D + t.at.col] * gain[t.at.col] +
-                                shift[t.at.col];
-        }
-        query[p * S + i] = t.delta * scale * (is_query ? input : other);
-        key[p * S + i] = is_query ? other : input;
+      auto input = [&](int64_t at) {
+        if (is_bias) return R(1);
+        return c.at(a.xhat1)[at * s.D + t.at.col] * gain[t.at.col] + shift[t.at.col];
+      };
+      auto other = [&](int64_t at) { return c.at(a.qkv_out)[at * a.qkv.N + partner]; };
+      for (int p = first; p < P; ++p) {
+        R factor = R(0);
+        if (counts(i, p)) factor = is_query ? input(row(i, p)) : other(row(i, p));
+        query[p * S + i] = t.delta * scale * factor;
+      }
+      for (int j = 0; j < keys(P - 1); ++j) {
+        const int64_t at = b[i] * s.T + j;
+        key[j * S + i] = R(0);
+        if (j < c.batch->length[b[i]]) key[j * S + i] = is_query ? other(at) : input(at);
       }
     }
   }
 
   void load_row(V* to, size_t offset, int64_t h, int p) const {
     for (int i = 0; i < S; ++i) {
-      const R* from = c.at(offset) + ((b[i] * s.H + h) * s.T + p) * s.T;
-      for (int j = 0; j <= p; ++j) reinterpret_cast<R*>(to)[j * S + i] = from[j];
+      const int64_t t = std::min<int64_t>(time(i, p), s.T - 1);
+      const R* from = c.at(offset) + ((b[i] * s.H + h) * s.T + t) * s.T;
+      R* at = reinterpret_cast<R*>(to) + i;
+      for (int j = 0; j < keys(p); ++j) at[j * S] = j <= t ? from[j] : R(0);
     }
   }
 
-  void start_scores(int64_t l, int64_t h, const Stream* streams, int n) {
+  void start_scores(int64_t l, int64_t h, const Stream* streams) {
     const LayerSpace& a = layer(l);
     const int64_t dk = s.dk(), width = s.dk_padded();
-    score_factors(l, h, streams, n);
-    for (int p = 0; p < P; ++p)
-      load(head_qkv + p * width * M, c.at(a.qkv_out) + (3 * h + 2) * width, a.qkv.N, p, width);
+    score_factors(l, h, streams);
+    for (int j = 0; j < keys(P - 1); ++j)
+      load_time(head_qkv + j * width * M, c.at(a.qkv_out) + (3 * h + 2) * width, a.qkv.N, j, width);
     for (int p = first; p < P; ++p) {
       if (!needed(l, p)) continue;
       load_row(weights_row, a.scores, h, p);
-      for (int j = 0; j <= p; ++j)
+      for (int j = 0; j < keys(p); ++j)
         for (int m = 0; m < M; ++m) weights_row[j * M + m] += g[p * M + m] * g_key[j * M + m];
       softmax(p);
       V* change = mixed_at(p);
@@ -678,23 +790,21 @@ class Tile {
   }
 
   // A value row or `out`: y changes by g[t] times one column.
-  void start_attention(int64_t l, const Stream* streams, int n) {
+  void start_attention(int64_t l, const Stream* streams) {
     const LayerSpace& a = layer(l);
     auto source = [&](const Trial<R>& t) {  // which input of `out` the changed value row feeds
       return t.at.row / (3 * s.dk()) * s.dk() + t.at.row % s.dk();
     };
-    auto packed = [&](size_t pack, int64_t i, int64_t k) {
-      return c.at(pack)[(i / kBlock * s.D + k) * kBlock + i % kBlock];
-    };
     auto is_out = [](const Trial<R>& t) {
       return t.at.kind == Kind::out_w || t.at.kind == Kind::out_b;
     };
-    gather(stream_column, streams, n, s.D, [&](const Trial<R>& t, int64_t i) {
-      return is_out(t) ? R(i == t.at.row) : packed(a.out_pack, i, source(t));
+    gather_runs(stream_column, streams, round_up(s.D), [&](const Trial<R>& t) {
+      return is_out(t) ? Runs{zeros(), 0} : pack_column(a.out_pack, source(t), s.D);
     });
-    gather(column, streams, n, a.ff1.N, [&](const Trial<R>& t, int64_t i) {
-      return is_out(t) ? c.at(a.ff1.centred)[t.at.row * a.ff1.N + i]
-                       : packed(a.ff1.product, i, source(t));
+    set_ones(streams, [&](const Trial<R>& t) { return is_out(t) ? t.at.row : -1; });
+    gather_runs(column, streams, a.ff1.N, [&](const Trial<R>& t) {
+      return is_out(t) ? row_of(a.ff1.centred, t.at.row, a.ff1.N)
+                       : pack_column(a.ff1.product, source(t), s.D);
     });
     for (int p = first; p < P; ++p) {
       if (!needed(l, p)) continue;
@@ -713,10 +823,10 @@ class Tile {
     remaining(l + 1);
   }
 
-  void start_hidden(int64_t l, const Stream* streams, int n) {
+  void start_hidden(int64_t l, const Stream* streams) {
     const LayerSpace& a = layer(l);
     const R* weight = c.w(weights(l).ff1_w);
-    gather(column, streams, n, a.ff1.N, [&](const Trial<R>& t, int64_t i) {
+    gather(column, streams, a.ff1.N, [&](const Trial<R>& t, int64_t i) {
       return i < s.F ? weight[i * s.D + t.at.row] : R(0);
     });
     for (int p = first; p < P; ++p) {
@@ -730,9 +840,9 @@ class Tile {
     remaining(l + 1);
   }
 
-  void start_logits(const Stream* streams, int n) {
+  void start_logits(const Stream* streams) {
     const R* weight = c.w(c.map->head_w);
-    gather(column, streams, n, c.layout->head.N, [&](const Trial<R>& t, int64_t i) {
+    gather(column, streams, c.layout->head.N, [&](const Trial<R>& t, int64_t i) {
       return i < s.V ? weight[i * s.D + t.at.row] : R(0);
     });
     for (int p = first; p < P; ++p)

@@ -17,7 +17,7 @@ PSFAST_INLINE typename Lanes<R>::V splat(R value) {
   return v;
 }
 
-// max and min keep a NaN in `a`.
+// Keeps a NaN.
 template <class V>
 PSFAST_INLINE V relu(V a) {
   return a < V{} ? V{} : a;
@@ -62,6 +62,18 @@ PSFAST_INLINE V square_root(V v) {
   return v;
 }
 #endif
+
+// to[i] = v[from[i]]
+template <class R>
+PSFAST_INLINE typename Lanes<R>::V permute(typename Lanes<R>::V v, const int32_t* from) {
+#if defined(PSFAST_AVX512)
+  if (sizeof(R) == 4)
+    return (typename Lanes<R>::V)_mm512_permutexvar_ps(_mm512_loadu_si512(from), (__m512)v);
+#endif
+  typename Lanes<R>::V to;
+  for (int i = 0; i < Lanes<R>::W; ++i) to[i] = v[from[i]];
+  return to;
+}
 
 template <class R>
 struct ExpConstants;

@@ -143,7 +143,12 @@ def _fingerprint() -> str:
 
 
 def _built_library() -> Path | None:
-    """The library built at installation, unless the sources beside it have changed since."""
+    """The library built at installation, unless the sources beside it have changed since.
+
+    PSFAST_LIBRARY names another one to take instead (``make test-sanitize`` does).
+    """
+    if os.environ.get("PSFAST_LIBRARY"):
+        return Path(os.environ["PSFAST_LIBRARY"])
     for path in sorted(_HERE.glob("_C*.so")):
         if _sources() is None or _fingerprint().encode() in path.read_bytes():
             return path
