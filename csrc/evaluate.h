@@ -529,17 +529,23 @@ class Tile {
   // x <- y + dropout(ff2(wide)); x holds y.
   void second(int64_t l, int p) {
     const R* bias = c.w(weights(l).ff2_b);
+    const R* pack = c.at(layer(l).ff2_pack);
+    const int64_t blocks = round_up(s.D) / kBlock;
     V* to = x_at(p);
-    if (c.mask) load(narrow, c.mask + l * s.rows() * s.D, s.D, p, s.D);
-    multiply<R, M>(wide, live, c.at(layer(l).ff2_pack), s.F * kBlock, round_up(s.D) / kBlock, list,
-                   [&](int64_t n, const V* acc) {
-                     if (n >= s.D) return;
-                     for (int m = 0; m < M; ++m) {
-                       const V v = acc[m] + bias[n];
-                       if (c.mask) to[n * M + m] += v * narrow[n * M + m];
-                       else to[n * M + m] += v;
-                     }
-                   });
+    // Two loops: a branch inside would leave it to the compiler whether `to += v * mask` rounds
+    // once or twice, and not alike in tiles of every M.
+    if (c.mask) {
+      load(narrow, c.mask + l * s.rows() * s.D, s.D, p, s.D);
+      multiply<R, M>(wide, live, pack, s.F * kBlock, blocks, list, [&](int64_t n, const V* acc) {
+        if (n >= s.D) return;
+        for (int m = 0; m < M; ++m) to[n * M + m] += (acc[m] + bias[n]) * narrow[n * M + m];
+      });
+    } else {
+      multiply<R, M>(wide, live, pack, s.F * kBlock, blocks, list, [&](int64_t n, const V* acc) {
+        if (n >= s.D) return;
+        for (int m = 0; m < M; ++m) to[n * M + m] += acc[m] + bias[n];
+      });
+    }
     if (store) keep(to, c.at(input_of(l + 1)), s.D, p, s.D);
   }
 
@@ -670,13 +676,15 @@ class Tile {
       if (l == s.L && !need[p]) continue;
       V* to = x_at(p);
       load(to, c.at(input_of(l)), s.D, p, s.D);
-      if (!prepared) load(narrow, c.mask + (l - 1) * s.rows() * s.D, s.D, p, s.D);
+      if (prepared) {
+        for (int64_t i = 0; i < s.D; ++i)
+          for (int m = 0; m < M; ++m) to[i * M + m] += g[p * M + m] * stream_column[i * M + m];
+        continue;
+      }
+      load(narrow, c.mask + (l - 1) * s.rows() * s.D, s.D, p, s.D);
+      for (int64_t i = 0; i < s.D * M; ++i) narrow[i] *= stream_column[i];
       for (int64_t i = 0; i < s.D; ++i)
-        for (int m = 0; m < M; ++m) {
-          V change = g[p * M + m] * stream_column[i * M + m];
-          if (!prepared) change *= narrow[i * M + m];
-          to[i * M + m] += change;
-        }
+        for (int m = 0; m < M; ++m) to[i * M + m] += g[p * M + m] * narrow[i * M + m];
     }
     if (l == s.L) {
       for (int p = first; p < P; ++p) {
