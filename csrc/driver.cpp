@@ -30,7 +30,8 @@ void on_threads(int64_t n, Work work) {
 // How many of n sequences to evaluate together: all threads get some, and lanes are not left
 // over. (A tile with few sequences gives each several lanes.)
 int64_t share(int64_t n, int narrow, int wide) {
-  const int64_t each = (n + torch::stable::get_num_threads() - 1) / torch::stable::get_num_threads();
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t each = (n + threads - 1) / threads;
   if (each > narrow) return wide;
   int64_t step = 1;
   while (step < each) step *= 2;
@@ -77,8 +78,8 @@ double head_change(const Context<R>& c, const Trial<R>& t) {
       d *= c.at(a.xhat)[row * s.D + t.at.col] * gain[t.at.col] + shift[t.at.col];
     const R* logits = c.at(a.logits) + row * a.head.N;
     const double target = logits[c.targets[row]];
-    const double log_p = logits[t.at.row] - (c.row_shift()[row] + target) - std::log(c.row_sum()[row]);
-    const double p = std::exp(log_p);
+    const double top = c.row_shift()[row] + target;
+    const double p = std::exp(logits[t.at.row] - top) / c.row_sum()[row];
     change += d > 30 ? d + std::log(p + (1 - p) * std::exp(-d)) : std::log1p(p * std::expm1(d));
     if (t.at.row == c.targets[row]) change -= d;
   }

@@ -9,60 +9,6 @@
 //
 // Included by the evaluator's files inside their own namespace.
 
-// out(n, acc[M]) for n in [0, blocks * kBlock): acc = sum over k of weight[n][k] * x[k], in the
-// order of k. x: panel [K][M]; weight: [blocks][K][kBlock], `stride` elements a block.
-// With `list`, only the k in it are read: the others hold zeros, which would change no bit.
-template <class R, int M, class Out>
-PSFAST_INLINE void multiply(const typename Lanes<R>::V* x, int64_t K, const R* weight,
-                            int64_t stride, int64_t blocks, const int32_t* list, Out out) {
-  typedef typename Lanes<R>::V V;
-  constexpr int N = PSFAST_OUTPUTS;
-  for (int64_t block = 0; block < blocks; ++block) {
-    for (int half = 0; half < kBlock; half += N) {
-      const R* w = weight + block * stride + half;
-      V acc[N][M];
-      for (int i = 0; i < N; ++i)
-        for (int m = 0; m < M; ++m) acc[i][m] = V{};
-      for (int64_t j = 0; j < K; ++j) {
-        const int64_t k = list ? list[j] : j;
-        V xk[M];
-        for (int m = 0; m < M; ++m) xk[m] = x[k * M + m];
-        for (int i = 0; i < N; ++i) {
-          const R wk = w[k * kBlock + i];
-          for (int m = 0; m < M; ++m) acc[i][m] += xk[m] * wk;
-        }
-      }
-      for (int i = 0; i < N; ++i) out(block * kBlock + half + i, acc[i]);
-    }
-  }
-}
-
-// Work space of one thread, cut from one allocation.
-class Arena {
- public:
-  void reserve(size_t bytes) {
-    if (bytes > size_) {
-      std::free(data_);
-      bytes = (bytes + 63) / 64 * 64;
-      data_ = static_cast<char*>(std::aligned_alloc(64, bytes));
-      size_ = data_ ? bytes : 0;
-    }
-    if (!data_) throw std::bad_alloc();
-    used_ = 0;
-  }
-  template <class X>
-  X* take(size_t n) {
-    X* p = reinterpret_cast<X*>(data_ + used_);
-    used_ += (n * sizeof(X) + 63) / 64 * 64;
-    return p;
-  }
-  ~Arena() { std::free(data_); }
-
- private:
-  char* data_ = nullptr;
-  size_t size_ = 0, used_ = 0;
-};
-
 template <class R, int M>
 class Tile {
   typedef typename Lanes<R>::V V;
@@ -616,244 +562,33 @@ class Tile {
     }
   }
 
+  void feed_forward(int64_t l) {
+    for (int p = first; p < P; ++p) {
+      if (!needed(l, p)) continue;
+      hidden(l, p);
+      second(l, p);
+    }
+  }
+
   // The layers from l on, x at their input.
   void remaining(int64_t l) {
     for (; l < s.L; ++l) {
       attention_layer(l, Plain{});
-      for (int p = first; p < P; ++p)
-        if (needed(l, p)) {
-          hidden(l, p);
-          second(l, p);
-        }
+      feed_forward(l);
     }
     for (int p = first; p < P; ++p)
       if (need[p]) finish(p, Plain{});
   }
 
-  void start(const Group& group, const Stream* streams) {
-    const int64_t l = group.layer;
-    if (group.entry != Entry::scores) coefficients(streams);
-    switch (group.entry) {
-      case Entry::stream: return start_stream(l, streams, true);
-      case Entry::stream_plain: return start_stream(l, streams, false);
-      case Entry::qkv: return start_qkv(l, streams);
-      case Entry::scores: return start_scores(l, group.head, streams);
-      case Entry::attention: return start_attention(l, streams);
-      case Entry::hidden: return start_hidden(l, streams);
-      case Entry::logits: return start_logits(streams);
-      default: return;
-    }
-  }
-
-  void coefficients(const Stream* streams) {
-    R* to = reinterpret_cast<R*>(g);
-    for (int i = 0; i < S; ++i) {
-      const Trial<R>& trial = trial_of(i, streams);
-      for (int p = first; p < P; ++p)
-        to[p * S + i] = counts(i, p) ? coefficient(c, trial, b[i], time(i, p)) : R(0);
-    }
-  }
-
-  // Where the residual stream itself changes: before layer l, or before final_norm for l = L.
-  void start_stream(int64_t l, const Stream* streams, bool prepared) {
-    auto element = [](const Trial<R>& t) {  // the one that changes; -1 for a whole column of ff2
-      const bool ff2 = t.at.kind == Kind::ff2_w || t.at.kind == Kind::ff2_b;
-      const bool ff1 = t.at.kind == Kind::ff1_w || t.at.kind == Kind::ff1_b;
-      return ff1 ? -1 : ff2 ? t.at.row : t.at.col;
-    };
-    gather_runs(stream_column, streams, round_up(s.D), [&](const Trial<R>& t) {
-      const bool whole = element(t) < 0;
-      return whole ? pack_column(layer(t.at.layer).ff2_pack, t.at.row, s.F) : Runs{zeros(), 0};
-    });
-    set_ones(streams, element);
-    const Fold& f = l < s.L ? layer(l).qkv : c.layout->head;
-    if (prepared)
-      gather_runs(column, streams, f.N, [&](const Trial<R>& t) {
-        const bool whole = element(t) < 0;
-        return whole ? row_of(f.product, t.at.row, f.N) : row_of(f.centred, element(t), f.N);
-      });
-    for (int p = first; p < P; ++p) {
-      if (l == s.L && !need[p]) continue;
-      V* to = x_at(p);
-      load(to, c.at(input_of(l)), s.D, p, s.D);
-      if (prepared) {
-        for (int64_t i = 0; i < s.D; ++i)
-          for (int m = 0; m < M; ++m) to[i * M + m] += g[p * M + m] * stream_column[i * M + m];
-        continue;
-      }
-      load(narrow, c.mask + (l - 1) * s.rows() * s.D, s.D, p, s.D);
-      for (int64_t i = 0; i < s.D * M; ++i) narrow[i] *= stream_column[i];
-      for (int64_t i = 0; i < s.D; ++i)
-        for (int m = 0; m < M; ++m) to[i * M + m] += g[p * M + m] * narrow[i * M + m];
-    }
-    if (l == s.L) {
-      for (int p = first; p < P; ++p) {
-        if (!need[p]) continue;
-        if (prepared) finish(p, Rank1{});
-        else finish(p, Plain{});
-      }
-      return;
-    }
-    if (prepared) attention_layer(l, Rank1{});
-    else attention_layer(l, Plain{});
-    feed_forward_and_rest(l);
-  }
-
-  void feed_forward_and_rest(int64_t l) {
-    for (int p = first; p < P; ++p)
-      if (needed(l, p)) {
-        hidden(l, p);
-        second(l, p);
-      }
-    remaining(l + 1);
-  }
-
-  void start_qkv(int64_t l, const Stream* streams) {
-    const R* weight = c.w(weights(l).qkv_w);
-    const int64_t width = s.dk_padded();
-    gather(column, streams, layer(l).qkv.N, [&](const Trial<R>& t, int64_t i) {
-      const int64_t part = i / width, k = i % width;
-      return k < s.dk() ? weight[(part * s.dk() + k) * s.D + t.at.row] : R(0);
-    });
-    for (int p = first; p < P; ++p)
-      if (needed(l, p)) load(x_at(p), c.at(layer(l).x), s.D, p, s.D);
-    attention_layer(l, Given{});
-    feed_forward_and_rest(l);
-  }
-
-  // A row of q or k of head h: score[t][j] changes by query[t] * key[j].
-  void score_factors(int64_t l, int64_t h, const Stream* streams) {
-    const LayerSpace& a = layer(l);
-    const R scale = R(1) / std::sqrt(static_cast<R>(s.dk()));
-    const R *gain = c.w(weights(l).ln1_w), *shift = c.w(weights(l).ln1_b);
-    R *query = reinterpret_cast<R*>(g), *key = reinterpret_cast<R*>(g_key);
-    for (int i = 0; i < S; ++i) {
-      const Trial<R>& t = trial_of(i, streams);
-      const bool is_query = t.at.row / s.dk() % 3 == 0, is_bias = t.at.kind == Kind::qkv_b;
-      // A query's change meets the keys, a key's change the queries.
-      const int64_t partner = (3 * h + (is_query ? 1 : 0)) * s.dk_padded() + t.at.row % s.dk();
-      auto input = [&](int64_t at) {
-        if (is_bias) return R(1);
-        return c.at(a.xhat1)[at * s.D + t.at.col] * gain[t.at.col] + shift[t.at.col];
-      };
-      auto other = [&](int64_t at) { return c.at(a.qkv_out)[at * a.qkv.N + partner]; };
-      for (int p = first; p < P; ++p) {
-        R factor = R(0);
-        if (counts(i, p)) factor = is_query ? input(row(i, p)) : other(row(i, p));
-        query[p * S + i] = t.delta * scale * factor;
-      }
-      for (int j = 0; j < keys(P - 1); ++j) {
-        const int64_t at = b[i] * s.T + j;
-        key[j * S + i] = R(0);
-        if (j < c.batch->length[b[i]]) key[j * S + i] = is_query ? other(at) : input(at);
-      }
-    }
-  }
-
-  void load_row(V* to, size_t offset, int64_t h, int p) const {
-    for (int i = 0; i < S; ++i) {
-      const int64_t t = std::min<int64_t>(time(i, p), s.T - 1);
-      const R* from = c.at(offset) + ((b[i] * s.H + h) * s.T + t) * s.T;
-      R* at = reinterpret_cast<R*>(to) + i;
-      for (int j = 0; j < keys(p); ++j) at[j * S] = j <= t ? from[j] : R(0);
-    }
-  }
-
-  void start_scores(int64_t l, int64_t h, const Stream* streams) {
-    const LayerSpace& a = layer(l);
-    const int64_t dk = s.dk(), width = s.dk_padded();
-    score_factors(l, h, streams);
-    for (int j = 0; j < keys(P - 1); ++j)
-      load_time(head_qkv + j * width * M, c.at(a.qkv_out) + (3 * h + 2) * width, a.qkv.N, j, width);
-    for (int p = first; p < P; ++p) {
-      if (!needed(l, p)) continue;
-      load_row(weights_row, a.scores, h, p);
-      for (int j = 0; j < keys(p); ++j)
-        for (int m = 0; m < M; ++m) weights_row[j * M + m] += g[p * M + m] * g_key[j * M + m];
-      softmax(p);
-      V* change = mixed_at(p);
-      mix(p, head_qkv, width * M, change);
-      load(narrow, c.at(a.mixed) + h * dk, s.D, p, dk);
-      for (int64_t f = 0; f < dk * M; ++f) change[f] -= narrow[f];
-      V* y = x_at(p);
-      load(y, c.at(a.y), s.D, p, s.D);
-      multiply<R, M>(change, dk, c.at(a.out_pack) + h * dk * kBlock, s.D * kBlock,
-                     round_up(s.D) / kBlock, nullptr, [&](int64_t i, const V* acc) {
-                       if (i >= s.D) return;
-                       for (int m = 0; m < M; ++m) y[i * M + m] += acc[m];
-                     });
-      V scale[M];
-      center(y, centred_at(p), scale);
-      load(wide, c.at(a.ff_raw), a.ff1.N, p, a.ff1.N);
-      const R* bias = c.at(a.ff1.bias);
-      multiply<R, M>(change, dk, c.at(a.ff1.product) + h * dk * kBlock, s.D * kBlock,
-                     a.ff1.N / kBlock, nullptr, [&](int64_t i, const V* acc) {
-                       for (int m = 0; m < M; ++m) wide[i * M + m] += acc[m];
-                     });
-      scale_and_shift(bias, scale, a.ff1.N);
-      rectify();
-      second(l, p);
-    }
-    remaining(l + 1);
-  }
-
-  // A value row or `out`: y changes by g[t] times one column.
-  void start_attention(int64_t l, const Stream* streams) {
-    const LayerSpace& a = layer(l);
-    auto source = [&](const Trial<R>& t) {  // which input of `out` the changed value row feeds
-      return t.at.row / (3 * s.dk()) * s.dk() + t.at.row % s.dk();
-    };
-    auto is_out = [](const Trial<R>& t) {
-      return t.at.kind == Kind::out_w || t.at.kind == Kind::out_b;
-    };
-    gather_runs(stream_column, streams, round_up(s.D), [&](const Trial<R>& t) {
-      return is_out(t) ? Runs{zeros(), 0} : pack_column(a.out_pack, source(t), s.D);
-    });
-    set_ones(streams, [&](const Trial<R>& t) { return is_out(t) ? t.at.row : -1; });
-    gather_runs(column, streams, a.ff1.N, [&](const Trial<R>& t) {
-      return is_out(t) ? row_of(a.ff1.centred, t.at.row, a.ff1.N)
-                       : pack_column(a.ff1.product, source(t), s.D);
-    });
-    for (int p = first; p < P; ++p) {
-      if (!needed(l, p)) continue;
-      V* y = x_at(p);
-      load(y, c.at(a.y), s.D, p, s.D);
-      for (int64_t i = 0; i < s.D; ++i)
-        for (int m = 0; m < M; ++m) y[i * M + m] += g[p * M + m] * stream_column[i * M + m];
-      V scale[M];
-      center(y, centred_at(p), scale);
-      load(wide, c.at(a.ff_raw), a.ff1.N, p, a.ff1.N);
-      add_column(p, a.ff1.N);
-      scale_and_shift(c.at(a.ff1.bias), scale, a.ff1.N);
-      rectify();
-      second(l, p);
-    }
-    remaining(l + 1);
-  }
-
-  void start_hidden(int64_t l, const Stream* streams) {
-    const LayerSpace& a = layer(l);
-    const R* weight = c.w(weights(l).ff1_w);
-    gather(column, streams, a.ff1.N, [&](const Trial<R>& t, int64_t i) {
-      return i < s.F ? weight[i * s.D + t.at.row] : R(0);
-    });
-    for (int p = first; p < P; ++p) {
-      if (!needed(l, p)) continue;
-      load(x_at(p), c.at(a.y), s.D, p, s.D);
-      load(wide, c.at(a.ff_pre), a.ff1.N, p, a.ff1.N);
-      add_column(p, a.ff1.N);
-      rectify();
-      second(l, p);
-    }
-    remaining(l + 1);
-  }
-
-  void start_logits(const Stream* streams) {
-    const R* weight = c.w(c.map->head_w);
-    gather(column, streams, c.layout->head.N, [&](const Trial<R>& t, int64_t i) {
-      return i < s.V ? weight[i * s.D + t.at.row] : R(0);
-    });
-    for (int p = first; p < P; ++p)
-      if (need[p]) finish(p, Given{});
-  }
+  // starts.h
+  void start(const Group& group, const Stream* streams);
+  void coefficients(const Stream* streams);
+  void start_stream(int64_t l, const Stream* streams, bool prepared);
+  void start_qkv(int64_t l, const Stream* streams);
+  void score_factors(int64_t l, int64_t h, const Stream* streams);
+  void load_row(V* to, size_t offset, int64_t h, int p) const;
+  void start_scores(int64_t l, int64_t h, const Stream* streams);
+  void start_attention(int64_t l, const Stream* streams);
+  void start_hidden(int64_t l, const Stream* streams);
+  void start_logits(const Stream* streams);
 };

@@ -7,7 +7,9 @@ namespace psfast {
 namespace PSFAST_NAMESPACE {
 namespace {
 #include "lanes.h"
+#include "multiply.h"
 #include "evaluate.h"
+#include "starts.h"
 #include "prepare.h"
 
 template <class R>
