@@ -7,12 +7,14 @@ own; one that has imported Triton before could not.
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 import psfast
+from psfast.objectives import _CLASSES
 from psfast.objectives.fused_cuda import FusedCudaObjective
 
 pytest.importorskip("triton")
@@ -40,6 +42,12 @@ def test_importing_psfast_imports_no_triton():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_choosers_names_exist():
+    for kind in _CLASSES.values():
+        for module, name in kind.values():
+            assert hasattr(import_module(f"psfast.objectives.{module}"), name)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -18,7 +18,7 @@ _CLASSES = {
         "serial": ("serial", "SerialModelObjective"),
     },
     "cuda": {
-        "fused": ("fused_cuda", "TritonObjective"),
+        "fused": ("fused_cuda", "FusedCudaObjective"),
         "batched": ("batched", "BatchedObjective"),
         "graph": ("graph", "GraphModelObjective"),
         "serial": ("serial", "SerialModelObjective"),
