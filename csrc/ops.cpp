@@ -150,7 +150,7 @@ std::string instruction_set() { return psfast::instruction_set(); }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(psfast, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(psfast, m) {
   m.def("fused_workspace_size(int[] sizes, int B, int T, int element_size) -> int");
   m.def("instruction_set() -> str");
   m.def(
