@@ -340,7 +340,8 @@ class PatternSearch(torch.optim.Optimizer):
             self._window = search_simplex.measure(self._window, place, slope, self.search)
             noise = 2 * torch.finfo(delta.dtype).eps * abs(incumbent) / delta.abs()
             along = search_simplex.direction(self._window, place, noise, self.search)
-            changes = search_simplex.points_along(along, delta.abs(), self.search)
+            values = self._flat.buffer[index]
+            changes = search_simplex.points_along(along, values, delta.abs(), self.search)
             points += [(index, change) for change in changes]
         return points
 

@@ -31,6 +31,8 @@ class SimplexGradient:
     lengths: of the points along the direction, in radii a coordinate
     momentum: weight of the earlier differences of a coordinate in their running mean
     square_momentum: the same for their mean square
+    decay: pull of the points towards zero, as a share of the value a unit of step length
+        (decoupled, as in AdamW; Loshchilov & Hutter 2019); 0 for none
 
     The theory holds: the points are a finite set, one is accepted only on its own evaluated
     decrease of at least 1e-4 radius^2 (they lie off the poll's lattice), a search that fails
@@ -43,6 +45,7 @@ class SimplexGradient:
     lengths: Sequence[float] = (0.5, 1.0, 2.0, 4.0)
     momentum: float = 0.9
     square_momentum: float = 0.99
+    decay: float = 0.0
 
     def __post_init__(self):
         check_count("working_set", self.working_set)
@@ -53,6 +56,7 @@ class SimplexGradient:
             check_number("lengths", length, above=0.0)
         check_number("momentum", self.momentum, at_least=0.0, below=1.0)
         check_number("square_momentum", self.square_momentum, at_least=0.0, below=1.0)
+        check_number("decay", self.decay, at_least=0.0)
 
 
 class Window(NamedTuple):
@@ -138,9 +142,15 @@ def direction(window: Window, place: Tensor, noise: Tensor, settings: SimplexGra
     return -mean / (square.sqrt() + noise)
 
 
-def points_along(direction: Tensor, radius: Tensor, settings: SimplexGradient) -> list[Tensor]:
-    """The changes (K,) of each point of the search step. direction, radius: (K,)"""
-    return [direction * (radius * length) for length in settings.lengths]
+def points_along(
+    direction: Tensor, values: Tensor, radius: Tensor, settings: SimplexGradient
+) -> list[Tensor]:
+    """The changes (K,) of each point of the search step.
+
+    direction, values (the incumbent's coordinates), radius: (K,)
+    """
+    step = radius * (direction - settings.decay * values)
+    return [step * length for length in settings.lengths]
 
 
 def advance_window(

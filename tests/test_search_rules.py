@@ -160,6 +160,7 @@ def test_slopes_below_the_rounding_of_the_loss_are_not_amplified():
         ({"lengths": (1.0, -1.0)}, "lengths"),
         ({"momentum": 1.0}, "momentum"),
         ({"square_momentum": -0.1}, "square_momentum"),
+        ({"decay": -1.0}, "decay"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, message):
@@ -318,6 +319,20 @@ def test_param_groups_scale_the_points_along_the_direction():
     torch.testing.assert_close(a.detach(), torch.full((5,), 0.9))
     torch.testing.assert_close(b.detach(), torch.full((5,), 0.999))
     assert torch.equal(frozen, torch.ones(3))
+
+
+def test_decay_pulls_towards_zero_and_only_on_an_evaluated_decrease():
+    def after_a_step(decay, first=4.0):
+        x = nn.Parameter(torch.tensor([first, -2.0]))
+        search = SimplexGradient(lengths=(1.0,), decay=decay)
+        optimizer = PatternSearch([x], radius=0.1, search=search)
+        optimizer.step(lambda: x.sum())
+        return x.detach()
+
+    torch.testing.assert_close(after_a_step(0.0), torch.tensor([3.9, -2.1]))
+    torch.testing.assert_close(after_a_step(0.5), torch.tensor([3.7, -2.0]))
+    # The point (-0.1, -0.1) is higher than -1: one trial point of the block is taken instead.
+    assert after_a_step(10.0, first=1.0).sum().item() == pytest.approx(-1.1)
 
 
 def test_an_exception_in_the_loss_of_a_point_leaves_the_incumbent():
