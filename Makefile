@@ -23,6 +23,16 @@ bench: $(VENV)/.test
 kernels: $(VENV)/.test
 	$(BIN)/python -m psfast.kernels.compile $(ARGS)
 
+# The C++ extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+SANITIZED := build/sanitize/_C.so
+SANITIZE := -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
+test-sanitize: $(VENV)/.test
+	$(BIN)/python -c "import sys; from pathlib import Path; from psfast import extension; \
+	  extension.compile_library(Path(sys.argv[1]), sys.argv[2:])" $(SANITIZED) $(SANITIZE)
+	PSFAST_LIBRARY=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest tests/test_fused.py tests/test_extension.py
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,6 +52,6 @@ $(VENV)/.test: $(VENV)/.built
 # The extension is built against the installed torch, hence without build isolation.
 $(VENV)/.built: $(PROJECT) $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch setuptools wheel ninja
+	$(PIP) torch setuptools wheel
 	$(PIP) --no-build-isolation -e .
 	touch $@

@@ -13,7 +13,6 @@ _TRAIN = "pip install 'psfast[train]'"
 # distribution -> (what it is for, how to get it)
 _PACKAGES = {
     "triton": ("fused GPU kernels", "pip install triton (Linux)"),
-    "ninja": ("building the C++ extension", "pip install ninja"),
     "lightning": ("psfast.lightning, psfast-train", _TRAIN),
     "hydra-core": ("psfast-train", _TRAIN),
     "wandb": ("logger=wandb", _TRAIN),

@@ -4,12 +4,13 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from psfast import ops
 from psfast.flat import trainable
-from psfast.models import Block, CausalSelfAttention, DecoderOnlyTransformer, MaskedCrossEntropy
+from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
 from psfast.objectives.base import Objective, check_block
+from psfast.objectives.fused_model import check_batch, why_not_fused_model
 
 
 class FusedObjective(Objective):
@@ -31,15 +32,13 @@ class FusedObjective(Objective):
     backend = "fused"
 
     def __init__(self, model, criterion, inputs, targets, *, params=None, seed: int = 0):
-        reason = _why_not(model, criterion)
+        params = trainable(model.parameters()) if params is None else list(params)
+        reason = why_not_fused_model(model, criterion, params)
+        reason = reason or ops.why_not_fused(model.head.weight.device, model.head.weight.dtype)
         if reason:
             raise ValueError(reason)
-        params = trainable(model.parameters()) if params is None else list(params)
         self._all = list(model.parameters())
         known = {p: start for p, start in zip(self._all, _starts(self._all), strict=False)}
-        foreign = sum(p not in known for p in params)
-        if foreign:
-            raise ValueError(f"params must be the model's own, got {foreign} others")
         super().__init__(params)
         self.model, self.criterion, self.seed = model, criterion, seed
         self._frozen = [p for p in self._all if p not in set(self.params)]
@@ -84,7 +83,7 @@ class FusedObjective(Objective):
 
     def set_batch(self, inputs: Tensor, targets: Tensor, *, seed: int | None = None) -> None:
         self.seed = self.seed if seed is None else seed
-        _check_batch(self.model, self.criterion, inputs, targets)
+        check_batch(self.model, self.criterion, inputs, targets)
         inputs, targets = inputs.long().contiguous(), targets.long().contiguous()
         sizes = _sizes(self.model, self.criterion)
         mask = _dropout_masks(self.model, inputs.shape, self.seed)
@@ -144,74 +143,6 @@ def _sizes(model: DecoderOnlyTransformer, criterion: MaskedCrossEntropy) -> ops.
         max_len=model.max_len,
         ignore_index=criterion.ignore_index,
     )
-
-
-def _why_not(model, criterion) -> str | None:
-    if type(model) is not DecoderOnlyTransformer:
-        return f"the model must be a DecoderOnlyTransformer, got {type(model).__name__}"
-    if type(criterion) is not MaskedCrossEntropy:
-        return f"the criterion must be a MaskedCrossEntropy, got {type(criterion).__name__}"
-    kinds = {(p.dtype, p.device) for p in model.parameters()}
-    if len(kinds) > 1:
-        names = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-        return f"the model must have one dtype and one device, got {names}"
-    modules = (Block, CausalSelfAttention, nn.Embedding, nn.LayerNorm, nn.Linear, nn.Dropout)
-    containers = (DecoderOnlyTransformer, nn.ModuleList, nn.Sequential, nn.ReLU)
-    for name, module in [*model.named_modules(), ("criterion", criterion)]:
-        if type(module) not in (*modules, *containers, MaskedCrossEntropy):
-            return f"the model must be as built, got {type(module).__name__} at {name!r}"
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return f"a hook or another forward is on {name!r}"
-    if _shapes(model) != _shapes(_twin(model)):
-        return "the model must be as built: no tied, replaced, missing or further parameters"
-    if len({m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)}) > 1:
-        return "all LayerNorms must have the same eps"
-    return ops.why_not_fused(*next((p.device, p.dtype) for p in model.parameters()))
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: p.shape for name, p in model.named_parameters()}
-
-
-def _twin(model: DecoderOnlyTransformer) -> DecoderOnlyTransformer:
-    block = model.blocks[0]
-    with torch.device("meta"):
-        return DecoderOnlyTransformer(
-            vocab_size=model.head.out_features,
-            d_model=model.head.in_features,
-            n_layers=len(model.blocks),
-            n_heads=block.attention.n_heads,
-            d_ff=block.ff[0].out_features,
-            max_len=model.max_len,
-        )
-
-
-def _check_batch(model, criterion, inputs, targets) -> None:
-    for name, value in (("inputs", inputs), ("targets", targets)):
-        if not isinstance(value, Tensor) or value.ndim != 2 or value.is_floating_point():
-            raise ValueError(f"{name} must be an integer tensor of shape (B, T)")
-        if value.device.type != "cpu":
-            raise ValueError(f"{name} must be on the CPU, got {value.device}")
-    if inputs.shape != targets.shape:
-        raise ValueError(
-            "inputs and targets must have the same shape, "
-            f"got {tuple(inputs.shape)} and {tuple(targets.shape)}"
-        )
-    if not inputs.numel() or inputs.shape[1] > model.max_len:
-        raise ValueError(
-            f"inputs must have B >= 1 and 1 <= T <= max_len = {model.max_len}, "
-            f"got {tuple(inputs.shape)}"
-        )
-    scored = targets[targets != criterion.ignore_index]
-    for name, value, limit in (
-        ("inputs", inputs, model.vocab_size),
-        ("targets", scored, model.head.out_features),
-    ):
-        if value.numel() and (value.min() < 0 or value.max() >= limit):
-            raise ValueError(
-                f"{name} must lie in [0, {limit}), "
-                f"got values from {value.min().item()} to {value.max().item()}"
-            )
 
 
 def _dropout_masks(model, shape: torch.Size, seed: int) -> Tensor | None:

@@ -4,11 +4,11 @@ import os
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from psfast.flat import trainable
-from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
 from psfast.objectives.base import Objective, check_block
+from psfast.objectives.fused_model import check_batch, why_not_fused_model
 
 _INT32 = 2**31 - 1
 
@@ -40,7 +40,10 @@ class FusedCudaObjective(Objective):
         self, model, criterion, inputs, targets, *, params=None, seed=0, precision="fp16x3"
     ):
         params = trainable(model.parameters()) if params is None else list(params)
-        _check_model(model, criterion, params)
+        reason = why_not_fused_model(model, criterion, params)
+        reason = reason or _why_not(model.head.weight.device, model.head.weight.dtype)
+        if reason:
+            raise ValueError(reason)
         super().__init__(params)
         try:
             from triton.errors import TritonError
@@ -89,7 +92,7 @@ class FusedCudaObjective(Objective):
         self._refresh()
 
     def set_batch(self, inputs: Tensor, targets: Tensor, *, seed: int | None = None) -> None:
-        _check_batch(self.model, inputs, targets, self.criterion)
+        check_batch(self.model, self.criterion, inputs, targets)
         self.seed = self.seed if seed is None else seed
         self.inputs, self.targets = inputs, targets
         block = self.model.blocks[0]
@@ -164,84 +167,15 @@ class FusedCudaObjective(Objective):
             generator.set_state(saved)
 
 
-def _check_model(model: nn.Module, criterion: nn.Module, params: list[nn.Parameter]) -> None:
-    if type(model) is not DecoderOnlyTransformer:
-        raise ValueError(f"the model must be a DecoderOnlyTransformer, got {type(model).__name__}")
-    if type(criterion) is not MaskedCrossEntropy:
-        raise ValueError(
-            f"the criterion must be a MaskedCrossEntropy, got {type(criterion).__name__}"
-        )
-    kinds = {(p.dtype, p.device) for p in model.parameters()}
-    if len(kinds) > 1 or next(iter(kinds))[0] != torch.float32:
-        names = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-        raise ValueError(f"the model must be in float32 on one device, got {names}")
-    device = next(iter(kinds))[1]
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
-        raise ValueError(f"the model must be on a CUDA device, got {device}")
-    twin = _twin(model)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    if shapes != twin or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
-        raise ValueError(
-            "the model must be as DecoderOnlyTransformer builds it: no tied, replaced or "
-            "missing parameters, no forward hooks"
-        )
-    if len({norm.eps for norm in _modules(model, nn.LayerNorm)}) > 1:
-        raise ValueError("all LayerNorms must have the same eps")
-    if len({(drop.p, drop.training) for drop in _modules(model, nn.Dropout)}) > 1:
-        raise ValueError("all Dropouts must have the same p and the same mode")
-    known = set(model.parameters())
-    foreign = sum(p not in known for p in params)
-    if foreign:
-        raise ValueError(f"params must be the model's, got {foreign} others")
+def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype != torch.float32:
+        return f"the model must be in float32, got {dtype}"
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"the model must be on a CUDA device, got {device}"
+    return None
 
 
 def _capability(device: torch.device) -> int:
     """The major compute capability; the interpreter behaves like the newest."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-
-
-def _twin(model: DecoderOnlyTransformer) -> dict[str, torch.Size]:
-    """The names and shapes of the parameters that a model of these sizes has."""
-    block = model.blocks[0]
-    with torch.device("meta"):
-        twin = DecoderOnlyTransformer(
-            model.vocab_size,
-            model.token_embedding.embedding_dim,
-            len(model.blocks),
-            block.attention.n_heads,
-            block.ff[0].out_features,
-            model.max_len,
-        )
-    return {name: p.shape for name, p in twin.named_parameters()}
-
-
-def _modules(model: nn.Module, kind: type) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, kind)]
-
-
-def _check_batch(model, inputs: Tensor, targets: Tensor, criterion) -> None:
-    for name, value in (("inputs", inputs), ("targets", targets)):
-        if not isinstance(value, Tensor) or value.ndim != 2 or value.is_floating_point():
-            raise ValueError(f"{name} must be an integer tensor (B, T)")
-    if inputs.shape != targets.shape:
-        raise ValueError(
-            "inputs and targets must have the same shape, "
-            f"got {tuple(inputs.shape)} and {tuple(targets.shape)}"
-        )
-    device = next(model.parameters()).device
-    if inputs.device != device or targets.device != device:
-        raise ValueError(
-            f"inputs and targets must be on {device}, got {inputs.device} and {targets.device}"
-        )
-    if not inputs.numel():
-        raise ValueError(f"the batch must not be empty, got {tuple(inputs.shape)}")
-    T = inputs.shape[1]
-    if model.max_len < T:
-        raise ValueError(f"T must be <= max_len = {model.max_len}, got {T}")
-    V = model.vocab_size
-    scored = torch.where(targets == criterion.ignore_index, 0, targets)
-    for name, value in (("inputs", inputs), ("targets", scored)):
-        low, high = value.min().item(), value.max().item()
-        if low < 0 or high >= V:
-            raise ValueError(f"{name} must lie in [0, {V}), got values from {low} to {high}")

@@ -1,0 +1,85 @@
+"""What the fused objectives ask of a model and a batch, on whatever device."""
+
+import torch
+from torch import Tensor, nn
+
+from psfast.models import Block, CausalSelfAttention, DecoderOnlyTransformer, MaskedCrossEntropy
+
+_AS_BUILT = (
+    *(DecoderOnlyTransformer, Block, CausalSelfAttention, MaskedCrossEntropy),
+    *(nn.Embedding, nn.LayerNorm, nn.Linear, nn.Dropout, nn.ReLU, nn.ModuleList, nn.Sequential),
+)
+
+
+def why_not_fused_model(model, criterion, params: list[nn.Parameter]) -> str | None:
+    """Why a fused objective cannot stand for this model, None if it can."""
+    if type(model) is not DecoderOnlyTransformer:
+        return f"the model must be a DecoderOnlyTransformer, got {type(model).__name__}"
+    if type(criterion) is not MaskedCrossEntropy:
+        return f"the criterion must be a MaskedCrossEntropy, got {type(criterion).__name__}"
+    kinds = {(p.dtype, p.device) for p in model.parameters()}
+    if len(kinds) > 1:
+        names = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        return f"the model must have one dtype and one device, got {names}"
+    for name, module in [*model.named_modules(), ("criterion", criterion)]:
+        if type(module) not in _AS_BUILT:
+            return f"the model must be as built, got {type(module).__name__} at {name!r}"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"a hook or another forward is on {name!r}"
+    if _shapes(model) != _shapes(_twin(model)):
+        return "the model must be as built: no tied, replaced, missing or further parameters"
+    if len({norm.eps for norm in _modules(model, nn.LayerNorm)}) > 1:
+        return "all LayerNorms must have the same eps"
+    if len({(drop.p, drop.training) for drop in _modules(model, nn.Dropout)}) > 1:
+        return "all Dropouts must have the same p and the same mode"
+    known = set(model.parameters())
+    foreign = sum(p not in known for p in params)
+    return f"params must be the model's own, got {foreign} others" if foreign else None
+
+
+def check_batch(model, criterion, inputs: Tensor, targets: Tensor) -> None:
+    """Raise ValueError for a batch that the model cannot be evaluated on. Reads the values."""
+    device = model.head.weight.device
+    for name, value in (("inputs", inputs), ("targets", targets)):
+        if not isinstance(value, Tensor) or value.ndim != 2 or value.is_floating_point():
+            raise ValueError(f"{name} must be an integer tensor of shape (B, T)")
+        if value.device != device:
+            raise ValueError(f"{name} must be on {device}, as the model is, got {value.device}")
+    if inputs.shape != targets.shape:
+        raise ValueError(
+            "inputs and targets must have the same shape, "
+            f"got {tuple(inputs.shape)} and {tuple(targets.shape)}"
+        )
+    if not inputs.numel() or inputs.shape[1] > model.max_len:
+        raise ValueError(
+            f"inputs must have B >= 1 and 1 <= T <= max_len = {model.max_len}, "
+            f"got {tuple(inputs.shape)}"
+        )
+    scored = torch.where(targets == criterion.ignore_index, 0, targets)
+    limits = (("inputs", inputs, model.vocab_size), ("targets", scored, model.head.out_features))
+    for name, value, limit in limits:
+        low, high = value.min().item(), value.max().item()
+        if low < 0 or high >= limit:
+            raise ValueError(f"{name} must lie in [0, {limit}), got values from {low} to {high}")
+
+
+def _modules(model: nn.Module, kind: type) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in model.named_parameters()}
+
+
+def _twin(model: DecoderOnlyTransformer) -> DecoderOnlyTransformer:
+    """A model of the same sizes as it was built, without memory."""
+    block = model.blocks[0]
+    with torch.device("meta"):
+        return DecoderOnlyTransformer(
+            vocab_size=model.vocab_size,
+            d_model=model.head.in_features,
+            n_layers=len(model.blocks),
+            n_heads=block.attention.n_heads,
+            d_ff=block.ff[0].out_features,
+            max_len=model.max_len,
+        )
