@@ -29,7 +29,7 @@ from psfast.search_simplex import SimplexGradient
 SIZES = {"tiny": {"d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 64}, **SIZES}
 DEFAULT = "psfast: simplex gradient"
 BLOCK = 512
-# Options of PatternSearch; one step is one block. The radii are the best of 0.03 and 0.1.
+# Options of PatternSearch; one step is one block. The radii were not tuned for the plain rules.
 RULES = {
     DEFAULT: {"radius": 0.03, "acceptance": "best", "search": SimplexGradient()},
     "psfast: combine": {"radius": 0.03, "acceptance": "combine"},
