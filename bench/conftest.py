@@ -38,7 +38,7 @@ def measure(benchmark, request):
     """``measure(table, case, backend, run, points)`` times ``run()`` of ``points`` trial points.
 
     Median of several rounds after one for warm-up; once, untimed, when timing is disabled.
-    ``run`` may return the seconds that count, where a part of it does not.
+    ``run`` may return the seconds (a float) that count, where a part of it does not.
     """
 
     def measure(table, case, backend, run, points, rounds=3):
@@ -50,7 +50,7 @@ def measure(benchmark, request):
         if request.config.getoption("benchmark_disable"):
             return
         seconds = benchmark.stats.stats.median
-        if returned[-1] is not None:
+        if isinstance(returned[-1], float):
             seconds = statistics.median(returned[-rounds:])
         _measured.add(table, case, backend, seconds / points)
 

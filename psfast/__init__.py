@@ -6,6 +6,7 @@ from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
 from psfast.objectives import Objective, objective
 from psfast.optimizer import PatternSearch, PollReport
 from psfast.reference import ReferencePatternSearch
+from psfast.search_simplex import SimplexGradient
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,7 @@ __all__ = [
     "PatternSearch",
     "PollReport",
     "ReferencePatternSearch",
+    "SimplexGradient",
     "StateTrackingDataset",
     "fit",
     "objective",

@@ -191,10 +191,13 @@ def comparable(loss: float | None) -> float:
 def block_size(state: PollState) -> int:
     """How many trial points to evaluate next: few while much improves, many while nothing does.
 
-    With acceptance probability p the block holds about 0.5/p trial points, so little of it
-    is thrown away, and doubles with each failed block: as many as have failed already.
+    A block costs some h trial points beside its own, and half of the one that succeeds is
+    thrown away, so with acceptance probability p about sqrt(2 h / p) trial points cost least
+    (h near 8 here), and no more than about 1/p; while nothing improves, blocks grow with
+    the number of failures.
     """
-    return max(1, round(0.5 * state.mean_gap), state.tried)
+    gap = state.mean_gap
+    return max(1, round(min(0.8 * gap, 4.0 * math.sqrt(gap))), state.tried // 4)
 
 
 def advance(state: PollState, decision: Decision, total: int) -> tuple[PollState, bool]:

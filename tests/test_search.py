@@ -120,11 +120,17 @@ def test_a_poll_fails_only_when_all_have_failed_at_one_incumbent():
     assert state.evaluations == 16 and state.polls == 2
 
 
-def test_blocks_double_while_nothing_improves():
+def test_blocks_grow_while_nothing_improves():
     state = PollState(incumbent=1.0)
     sizes = []
-    for _ in range(6):
+    while state.tried < 10**5:
         sizes.append(block_size(state))
         failed = first_improvement(torch.full((sizes[-1],), 2.0), 1.0)
         state, _ = advance(state, failed, 10**6)
-    assert sizes == [1, 1, 2, 4, 8, 16]
+    assert sizes[:4] == [1, 1, 1, 1] and sizes[-1] > 10**4 and sizes == sorted(sizes)
+    assert len(sizes) < 60
+
+
+def test_blocks_shrink_with_the_gap_between_successes():
+    sizes = [block_size(PollState(mean_gap=gap)) for gap in (1.0, 2.5, 25.0, 1000.0)]
+    assert sizes == [1, 2, 20, 126]
