@@ -119,7 +119,11 @@ def test_serial_loop(measure, quick, regime, size, batch, device):
     else:
         run = partial(serial_loop, closure, flat, *block)
     measure(
-        f"poll {regime}", name(size, batch, device), "serial loop", lambda: run() and None, points
+        "poll",
+        f"{regime}: {name(size, batch, device)}",
+        "serial loop",
+        lambda: run() and None,
+        points,
     )
 
 
