@@ -3,15 +3,14 @@
 Each case checks its losses against the float64 serial ones before it is timed.
 """
 
-import time
 from functools import partial
 
 import pytest
 import torch
-from bench_step import Interrupted, with_backward
 from harness import (
     ForcedOutcomes,
     agreement,
+    failing_reference_poll,
     forced,
     poll_block,
     serial_accepts,
@@ -122,31 +121,14 @@ def test_serial_loop(measure, quick, regime, size, batch, device):
         "poll",
         f"{regime}: {name(size, batch, device)}",
         "serial loop",
-        lambda: run() and None,
+        run,
         points,
     )
 
 
 @pytest.mark.parametrize("size, batch", CASES[:2])
 def test_reference(measure, quick, size, batch, device):
-    """The reference's step in a complete poll, whose one shuffle is left out of this piece."""
     model, criterion, inputs, targets = state_tracking(size, batch, device=device)
-    started, calls, count = 0.0, 0, 20 if quick else 150
-
-    def closure():
-        nonlocal started, calls
-        calls += 1
-        if calls == 2:
-            started = time.perf_counter()
-        if calls == count + 2:
-            raise Interrupted
-        return with_backward(model, lambda: criterion(model(inputs), targets)) * 0.0 + 1.0
-
-    def run():
-        nonlocal calls
-        calls = 0
-        with pytest.raises(Interrupted):
-            psfast.ReferencePatternSearch(model.parameters(), radius=0.1).step(closure)
-        return time.perf_counter() - started
-
+    count = 20 if quick else 150
+    run = failing_reference_poll(model, lambda: criterion(model(inputs), targets), count)
     measure("poll", f"complete poll: {name(size, batch, device)}", "reference", run, count)

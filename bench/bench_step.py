@@ -1,11 +1,17 @@
 """psfast's own work around a closure, and its step against the reference's."""
 
-import time
 from functools import partial
 
 import pytest
 import torch
-from harness import forced, poll_block, serial_loop, state_tracking
+from harness import (
+    failing_reference_poll,
+    forced,
+    poll_block,
+    serial_loop,
+    state_tracking,
+    with_backward,
+)
 
 import psfast
 from psfast.flat import FlatParameters
@@ -46,19 +52,6 @@ def test_own_work_of_an_accepting_step(measure):
     assert optimizer.last_poll.accepted
 
 
-class Interrupted(Exception):
-    """Ends a poll that would take minutes."""
-
-
-def with_backward(model, loss):
-    """What the reference's closure does in Lightning: zero_grad, forward, backward."""
-    with torch.enable_grad():
-        model.zero_grad()
-        value = loss()
-        value.backward()
-    return value.detach()
-
-
 def test_failing_poll_of_the_serial_loop(measure):
     model, loss = closure_of()
     flat = FlatParameters(list(model.parameters()))
@@ -82,27 +75,8 @@ def test_failing_poll_of_psfast(measure):
 
 
 def test_failing_poll_of_the_reference(measure):
-    """Its shuffle, 1 part in 2,000 of a complete poll, is left out of this piece of one."""
     model, loss = closure_of()
-    started, calls, count = 0.0, 0, 150
-
-    def closure():
-        nonlocal started, calls
-        calls += 1
-        if calls == 2:
-            started = time.perf_counter()
-        if calls == count + 2:
-            raise Interrupted
-        return with_backward(model, loss) * 0.0 + 1.0
-
-    def run():
-        nonlocal calls
-        calls = 0
-        with pytest.raises(Interrupted):
-            psfast.ReferencePatternSearch(model.parameters(), radius=0.1).step(closure)
-        return time.perf_counter() - started
-
-    measure("step", "complete poll", "reference", run, count)
+    measure("step", "complete poll", "reference", failing_reference_poll(model, loss, 150), 150)
 
 
 @pytest.mark.parametrize("backend", ["reference", "psfast"])

@@ -4,6 +4,7 @@ import csv
 import datetime
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -66,6 +67,47 @@ def serial_accepts(closure, flat, points, accepted) -> None:
             closure().item()
             if not keep:
                 buffer[i] = saved
+
+
+class Interrupted(Exception):
+    """Ends a poll that would take minutes."""
+
+
+def with_backward(model, loss) -> Tensor:
+    """What the reference's closure does in Lightning: zero_grad, forward, backward."""
+    with torch.enable_grad():
+        model.zero_grad()
+        value = loss()
+        value.backward()
+    return value.detach()
+
+
+def failing_reference_poll(model, loss, count: int):
+    """A function that runs ``count`` trial points of the reference's failing poll.
+
+    It returns their seconds; the poll's one shuffle, small beside the whole, is left out.
+    """
+    started, calls = 0.0, 0
+
+    def closure():
+        nonlocal started, calls
+        calls += 1
+        if calls == 2:
+            started = time.perf_counter()
+        if calls == count + 2:
+            raise Interrupted
+        return with_backward(model, loss) * 0.0 + 1.0
+
+    def run() -> float:
+        nonlocal calls
+        calls = 0
+        try:
+            psfast.ReferencePatternSearch(model.parameters(), radius=0.1).step(closure)
+        except Interrupted:
+            return time.perf_counter() - started
+        raise AssertionError("the poll ended before it was interrupted")
+
+    return run
 
 
 def forced(position: int, probability: float) -> bool:

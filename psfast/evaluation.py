@@ -1,7 +1,6 @@
 """Loss, perplexity and accuracy over the supervised positions, and the batches they come in."""
 
 import math
-import operator
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -9,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from psfast.flat import trainable
+from psfast.flat import same_parameters, trainable
 from psfast.objectives import objective
 from psfast.objectives.base import Objective
 
@@ -156,7 +155,7 @@ class BatchObjectives:
         if not self._has_dropout():
             seed = 0
         params = trainable(p for group in self.optimizer.param_groups for p in group["params"])
-        if self.objective is not None and not _same(params, self.objective.params):
+        if self.objective is not None and not same_parameters(params, self.objective.params):
             self.objective = self._place = None  # some were frozen or added since
         if self._place is not None and self._place.is_at(inputs, targets, seed):
             return self.objective
@@ -188,10 +187,6 @@ class BatchObjectives:
             isinstance(module, nn.modules.dropout._DropoutNd) and module.p and module.training
             for module in self.model.modules()
         )
-
-
-def _same(a: list, b: list) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 class _Place(NamedTuple):

@@ -1,5 +1,6 @@
 """One contiguous buffer for all trainable parameters, the parameters as views of it."""
 
+import operator
 from bisect import bisect_right
 from collections.abc import Iterable
 from itertools import accumulate
@@ -11,6 +12,11 @@ from torch import Tensor, nn
 def trainable(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """The parameters with ``requires_grad``, in order, each (tied) one once."""
     return [p for p in dict.fromkeys(params) if p.requires_grad]
+
+
+def same_parameters(a: list[nn.Parameter], b: list[nn.Parameter]) -> bool:
+    """Whether both hold the same parameters (the objects) in the same order."""
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 class FlatParameters:

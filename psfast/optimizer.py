@@ -1,7 +1,6 @@
 """``PatternSearch``: the optimizer around the search functions and an objective."""
 
 import math
-import operator
 import time
 import warnings
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from psfast import search, search_simplex
 from psfast.checks import check_count, check_number
-from psfast.flat import FlatParameters, trainable
+from psfast.flat import FlatParameters, same_parameters, trainable
 from psfast.objectives.base import Objective
 from psfast.objectives.serial import SerialObjective
 from psfast.search import Decision, PollState, comparable
@@ -199,7 +198,7 @@ class PatternSearch(torch.optim.Optimizer):
         """One type for the core: a plain closure becomes a ``SerialObjective``."""
         self._follow_parameters()
         if isinstance(closure, Objective):
-            if not _same(closure.params, self._params):
+            if not same_parameters(closure.params, self._params):
                 raise ValueError(
                     "the objective's params must be the optimizer's trainable parameters in the "
                     f"same order, got {len(closure.params)} tensors for {len(self._params)}; "
@@ -220,7 +219,7 @@ class PatternSearch(torch.optim.Optimizer):
     def _follow_parameters(self) -> None:
         """Take up parameters that were frozen, added, moved or written since the last step."""
         params = self._trainable()
-        if not _same(params, self._params):
+        if not same_parameters(params, self._params):
             self._attach(params)
             self._poll = self._poll._replace(position=0, window=0)
             self._restart_poll()
@@ -452,7 +451,3 @@ class PatternSearch(torch.optim.Optimizer):
             self._window = window._replace(**slopes)
         self._radii = self._read_radii()
         self._flat.mark_changed()
-
-
-def _same(a: list, b: list) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
