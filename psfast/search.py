@@ -17,6 +17,7 @@ from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
 _FEISTEL_ROUNDS = 6
+_FEW = 32  # losses that Python reads sooner than a handful of tensor operations
 
 
 class PollState(NamedTuple):
@@ -125,6 +126,13 @@ def first_improvement(losses: Tensor, incumbent: float) -> Decision:
 
     losses: (K,); NaN compares false, so it never wins.
     """
+    if len(losses) <= _FEW:
+        values = losses.tolist()
+        nan = sum(map(math.isnan, values))
+        for place, loss in enumerate(values):
+            if loss < incumbent:
+                return Decision(place, loss, place + 1, nan)
+        return Decision(None, math.nan, len(values), nan)
     lower = losses < incumbent
     decision = _decision(losses, lower.to(torch.uint8).argmax(), lower.any())
     if decision.chosen is None:

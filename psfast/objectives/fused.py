@@ -98,12 +98,14 @@ class FusedObjective(Objective):
         self._refresh()
 
     def _for_ops(self, index: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.flat.size:
-            raise IndexError(
-                f"index must lie in [0, {self.flat.size}), "
-                f"got values from {int(index.min())} to {int(index.max())}"
-            )
         index = index.contiguous()
+        if len(index):
+            low, high = index.aminmax()
+            if low.item() < 0 or high.item() >= self.flat.size:
+                raise IndexError(
+                    f"index must lie in [0, {self.flat.size}), "
+                    f"got values from {low.item()} to {high.item()}"
+                )
         if self._shift is not None:
             index = index + self._shift[torch.bucketize(index, self._bounds, right=True)]
         return index, delta.to(self.flat.buffer.dtype).contiguous()
