@@ -17,6 +17,7 @@ from harness import (
     serial_loop,
     state_tracking,
 )
+from work import complete_poll_flops
 
 import psfast
 from psfast.flat import FlatParameters
@@ -96,7 +97,12 @@ def test_backend(measure, quick, regime, size, batch, backend, device):
             optimizer.max_evaluations = left - outcomes.position
             optimizer.step(outcomes)
 
-    measure("poll", f"{regime}: {name(size, batch, device)}", backend, run, points)
+    flops = None
+    if regime == "complete poll" and device == "cpu":
+        model, criterion, inputs, targets = state_tracking(size, batch)
+        flops = complete_poll_flops(model, inputs, targets != criterion.ignore_index)
+    case = f"{regime}: {name(size, batch, device)}"
+    measure("poll", case, backend, run, points, flops=flops)
 
 
 @pytest.mark.parametrize("size, batch", CASES)

@@ -6,16 +6,27 @@ from collections import defaultdict
 import harness
 import pytest
 import torch
+from work import matrix_product_rate
 
 
 class Measurements:
-    """Seconds per trial point, by (table, case, backend), of this one run."""
+    """Seconds per trial point, by (table, case, backend), of this one run.
+
+    flops: useful work per trial point, by (table, case), where it is known
+    """
 
     def __init__(self):
         self.tables: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+        self.flops: dict[tuple[str, str], float] = {}
+        self._peak: float | None = None
 
     def add(self, table: str, case: str, backend: str, seconds: float) -> None:
         self.tables[table][case][backend] = seconds
+
+    def peak(self) -> float:
+        """FLOP/s of a large float32 product, taken in this run."""
+        self._peak = self._peak or matrix_product_rate()
+        return self._peak
 
     def rows(self, table: str) -> list[dict]:
         rows = []
@@ -26,6 +37,9 @@ class Measurements:
                 for base in ("reference", "serial loop", "batched"):
                     ratio = f"{seconds[base] / value:.2f}" if base in seconds else ""
                     row["x_" + base.replace(" ", "_")] = ratio
+                flops = self.flops.get((table, case), 0.0) / value
+                row["useful_gflops"] = f"{flops / 1e9:.1f}" if flops else ""
+                row["of_large_matmul"] = f"{flops / self.peak():.2f}" if flops else ""
                 rows.append(row)
         return rows
 
@@ -39,9 +53,10 @@ def measure(benchmark, request):
 
     Median of several rounds after one for warm-up; once, untimed, when timing is disabled.
     ``run`` may return the seconds (a float) that count, where a part of it does not.
+    flops: useful ones of a trial point of this case, on the CPU.
     """
 
-    def measure(table, case, backend, run, points, rounds=3):
+    def measure(table, case, backend, run, points, rounds=3, flops=None):
         returned = []
         benchmark.extra_info.update(table=table, case=case, backend=backend, points=points)
         benchmark.pedantic(
@@ -53,6 +68,9 @@ def measure(benchmark, request):
         if isinstance(returned[-1], float):
             seconds = statistics.median(returned[-rounds:])
         _measured.add(table, case, backend, seconds / points)
+        if flops:
+            _measured.flops[table, case] = flops
+            _measured.peak()  # now, on the machine as it is
 
     return measure
 
