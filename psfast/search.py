@@ -86,34 +86,35 @@ def poll_order(
 ) -> Tensor:
     """``count`` entries, from place ``start``, of permutation number ``order`` of [0, total).
 
-    A Feistel network on the smallest even number of bits that holds ``total``, walked until
-    the value lies in range (Black & Rogaway 2002), so any part of the permutation costs O(1)
-    memory and no list is ever shuffled.
+    A Feistel network on pairs in [0, a) x [0, b), walked until the value lies in range (the
+    generalized Feistel cipher of Black & Rogaway 2002), so any part of the permutation costs
+    O(1) memory and no list is ever shuffled. a b exceeds ``total`` by less than a, its square
+    root: walks are rare and short, whatever ``total`` is.
 
     Returns int64 (count,) on ``device``, the same values on every one.
     """
     if not 0 <= start <= start + count <= total:
         raise ValueError(f"places {start} to {start + count} lie outside [0, {total}]")
-    half_bits = max(1, ((total - 1).bit_length() + 1) // 2)
+    a = math.isqrt(max(total, 1) - 1) + 1
+    b = -(-total // a)
     keys = [derive_seed(seed, order, r) & _MASK32 for r in range(_FEISTEL_ROUNDS)]
-    value = _feistel(torch.arange(start, start + count, device=device), half_bits, keys)
+    value = _feistel(torch.arange(start, start + count, device=device), a, b, keys)
     while True:
         outside = (value >= total).nonzero().squeeze(1)
         if not len(outside):
             return value
-        value[outside] = _feistel(value[outside], half_bits, keys)
+        value[outside] = _feistel(value[outside], a, b, keys)
 
 
-def _feistel(value: Tensor, half_bits: int, keys: Sequence[int]) -> Tensor:
-    mask = (1 << half_bits) - 1
-    left, right = value >> half_bits, value & mask
+def _feistel(value: Tensor, a: int, b: int, keys: Sequence[int]) -> Tensor:
+    left, right = value // b, value % b
     for key in keys:
         # 32-bit words times 31-bit odd constants: int64 products never overflow.
         mixed = ((right ^ key) * 0x7FEB352D) & _MASK32
         mixed = ((mixed ^ (mixed >> 15)) * 0x46A7C56B) & _MASK32
-        mixed ^= mixed >> 16
-        left, right = right, left ^ (mixed & mask)
-    return (left << half_bits) | right
+        left, right = right, (left + (mixed ^ (mixed >> 16))) % a
+        a, b = b, a
+    return left * b + right
 
 
 def coordinates(entries: Tensor) -> tuple[Tensor, Tensor]:
