@@ -86,6 +86,22 @@ double head_change(const Context<R>& c, const Trial<R>& t) {
   return change;
 }
 
+// All sequences from one layer on, and the sum of their losses.
+template <class R>
+void run_incumbent(const Context<R>& c, int64_t layer, bool behind_attention, bool keep_all) {
+  const Sizes& s = c.s;
+  const Evaluator<R>& run = evaluator<R>();
+  const int64_t step = share(s.B, run.narrow, run.narrow);
+  on_threads((s.B + step - 1) / step, [&](int64_t i) {
+    run.refresh(c, layer, behind_attention, i * step,
+                static_cast<int>(std::min(step, s.B - i * step)), keep_all);
+  });
+  double total = 0;
+  for (int64_t row = 0; row < s.rows(); ++row)
+    if (c.batch->supervised[row]) total += c.row_shift()[row] + std::log(c.row_sum()[row]);
+  *c.total_loss() = total;
+}
+
 }  // namespace
 
 template <class R>
@@ -191,24 +207,25 @@ void refresh(const Context<R>& c, const int64_t* changed, int64_t count) {
     layer = from / 2;
     behind_attention = from % 2;
   } else {
-    on_threads(s.L + 1, [&](int64_t l) { run.prepare(c, l); });
+    on_threads(s.L + 1, [&](int64_t l) { run.prepare(c, l, true); });
   }
-  const int64_t step = share(s.B, run.narrow, run.narrow);
-  on_threads((s.B + step - 1) / step, [&](int64_t i) {
-    run.refresh(c, layer, behind_attention, i * step,
-                static_cast<int>(std::min(step, s.B - i * step)));
-  });
+  run_incumbent(c, layer, behind_attention, true);
   const int64_t first = layer + behind_attention;
   on_threads((s.L - first) * s.B,
              [&](int64_t i) { run.attend_inputs(c, first + i / s.B, i % s.B); });
-  double total = 0;
-  for (int64_t row = 0; row < s.rows(); ++row)
-    if (c.batch->supervised[row]) total += c.row_shift()[row] + std::log(c.row_sum()[row]);
-  *c.total_loss() = total;
+}
+
+template <class R>
+double loss_from_scratch(const Context<R>& c) {
+  const Evaluator<R>& run = evaluator<R>();
+  on_threads(c.s.L + 1, [&](int64_t l) { run.prepare(c, l, false); });
+  run_incumbent(c, 0, false, false);
+  return incumbent_loss(c);
 }
 
 #define PSFAST_INSTANTIATE(R)                                                        \
   template double incumbent_loss<R>(const Context<R>&);                                   \
+  template double loss_from_scratch<R>(const Context<R>&);                                \
   template void losses<R>(const Context<R>&, const int64_t*, const R*, int64_t, double*); \
   template void refresh<R>(const Context<R>&, const int64_t*, int64_t);
 PSFAST_INSTANTIATE(float)

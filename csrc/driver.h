@@ -17,4 +17,9 @@ void refresh(const Context<R>& c, const int64_t* changed, int64_t count);
 template <class R>
 double incumbent_loss(const Context<R>& c);
 
+// The loss at the weights as they are, with the bits of a refresh of everything. The workspace
+// serves to work in: what it holds afterwards is no incumbent's.
+template <class R>
+double loss_from_scratch(const Context<R>& c);
+
 }  // namespace psfast

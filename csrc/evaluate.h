@@ -53,12 +53,13 @@ class Tile {
     for (int i = 0; i < n; ++i) diff[i] = change_of(streams[i].b, i, first * F);
   }
 
-  // Runs the incumbent from layer `l`, from behind attention if `behind_attention`, for the
-  // sequences [b0, b0 + n), and keeps its activations.
-  void refresh(int64_t l, bool behind_attention, int64_t b0, int n) {
+  // Runs the weights as they are from layer `l`, from behind attention if `behind_attention`, for
+  // the sequences [b0, b0 + n), and keeps their losses; the activations too if `keep_all`.
+  void refresh(int64_t l, bool behind_attention, int64_t b0, int n, bool keep_all) {
     place(n, [&](int i) { return b0 + i; });
     first = 0;
-    store = true;
+    absolute = true;
+    store = keep_all;
     for (int p = 0; p < P; ++p) {
       if (l == 0 && !behind_attention) embed(p);
       else load(x_at(p), c.at(input_of(l)), s.D, p, s.D);
@@ -68,7 +69,7 @@ class Tile {
       for (int p = 0; p < P; ++p) {
         if (!needed(l, p)) continue;
         if (behind_attention) load(x_at(p), c.at(layer(l).y), s.D, p, s.D);
-        else keep(x_at(p), c.at(layer(l).y), s.D, p, s.D);
+        else if (store) keep(x_at(p), c.at(layer(l).y), s.D, p, s.D);
         hidden(l, p);
         second(l, p);
       }
@@ -94,7 +95,7 @@ class Tile {
   int64_t b[S];
   int stream[S], phase[S];  // of each lane
   int32_t spread[W];        // where each lane finds phase 0 of its sequence (M = 1)
-  bool uniform = true, store = false;
+  bool uniform = true, store = false, absolute = false;
   int P = 0, first = 0, lanes = 0, F = 1;  // panels, the first to compute, lanes in use
   int64_t live = 0;
 
@@ -239,7 +240,7 @@ class Tile {
       R* to = reinterpret_cast<R*>(x_at(p)) + i;
       for (int64_t n = 0; n < s.D; ++n) to[n * S] = token[n] + position[n];
     }
-    keep(x_at(p), c.at(layer(0).x), s.D, p, s.D);
+    if (store) keep(x_at(p), c.at(layer(0).x), s.D, p, s.D);
   }
 
   // to = from - mean; scale = 1 / sqrt(variance + eps).
@@ -533,8 +534,8 @@ class Tile {
       for (int m = 0; m < M; ++m) wide[n * M + m] += g[p * M + m] * column[n * M + m];
   }
 
-  // Each row's loss minus the incumbent's, as a difference and a ratio whose logarithm is taken
-  // once a sequence: log(sum / sum0) over the rows is the logarithm of the product.
+  // Each row's loss, or its loss minus the incumbent's, as a difference and a ratio whose logarithm
+  // is taken once a sequence: log(sum / sum0) over the rows is the logarithm of the product.
   void cross_entropy(int p) {
     V top[M], sum[M] = {};
     for (int m = 0; m < M; ++m) top[m] = wide[m];
@@ -552,7 +553,7 @@ class Tile {
       const int64_t at = row(i, p);
       if (!counts(i, p) || !c.batch->supervised[at]) continue;
       const double shift = double(tops[i]) - double(logits[c.targets[at] * S + i]);
-      if (store) {
+      if (absolute) {
         c.row_shift()[at] = shift;
         c.row_sum()[at] = sums[i];
       } else {

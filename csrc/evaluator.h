@@ -9,9 +9,10 @@ template <class R>
 struct Evaluator {
   int narrow, wide;  // streams a group can hold, in one vector and at most
   void (*evaluate)(const Context<R>&, const Trial<R>*, const Group&, const Stream*, double* diff);
-  void (*refresh)(const Context<R>&, int64_t layer, bool behind_attention, int64_t b0, int n);
+  void (*refresh)(const Context<R>&, int64_t layer, bool behind_attention, int64_t b0, int n,
+                  bool keep_all);
   void (*attend_inputs)(const Context<R>&, int64_t layer, int64_t b);
-  void (*prepare)(const Context<R>&, int64_t layer);
+  void (*prepare)(const Context<R>&, int64_t layer, bool products);
   void (*prepare_again)(const Context<R>&, const Coordinate&);
 };
 

@@ -21,8 +21,9 @@ void evaluate(const Context<R>& c, const Trial<R>* trials, const Group& group,
 }
 
 template <class R>
-void refresh(const Context<R>& c, int64_t layer, bool behind_attention, int64_t b0, int n) {
-  Tile<R, 1>(c, nullptr).refresh(layer, behind_attention, b0, n);
+void refresh(const Context<R>& c, int64_t layer, bool behind_attention, int64_t b0, int n,
+             bool keep_all) {
+  Tile<R, 1>(c, nullptr).refresh(layer, behind_attention, b0, n, keep_all);
 }
 }  // namespace
 

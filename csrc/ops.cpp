@@ -124,6 +124,15 @@ Tensor fused_refresh(Tensor weights, Tensor tokens, Tensor targets, std::optiona
   return loss;
 }
 
+Tensor fused_loss(Tensor weights, Tensor tokens, Tensor targets, std::optional<Tensor> mask,
+                  Tensor workspace, std::vector<int64_t> sizes, double eps) {
+  Tensor loss = torch::stable::new_empty(weights, {}, ScalarType::Double);
+  with_problem(weights, tokens, targets, mask, workspace, sizes, eps, [&](const auto& c) {
+    *static_cast<double*>(loss.data_ptr()) = psfast::loss_from_scratch(c);
+  });
+  return loss;
+}
+
 Tensor fused_losses(Tensor weights, Tensor tokens, Tensor targets, std::optional<Tensor> mask,
                     Tensor workspace, std::vector<int64_t> sizes, double eps, Tensor index,
                     Tensor delta) {
@@ -157,6 +166,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(psfast, m) {
       "fused_refresh(Tensor weights, Tensor tokens, Tensor targets, Tensor? mask, "
       "Tensor(a!) workspace, int[] sizes, float eps, Tensor? changed) -> Tensor");
   m.def(
+      "fused_loss(Tensor weights, Tensor tokens, Tensor targets, Tensor? mask, "
+      "Tensor(a!) workspace, int[] sizes, float eps) -> Tensor");
+  m.def(
       "fused_losses(Tensor weights, Tensor tokens, Tensor targets, Tensor? mask, "
       "Tensor workspace, int[] sizes, float eps, Tensor index, Tensor delta) -> Tensor");
 }
@@ -168,5 +180,6 @@ STABLE_TORCH_LIBRARY_IMPL(psfast, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(psfast, CPU, m) {
   m.impl("fused_refresh", TORCH_BOX(&fused_refresh));
+  m.impl("fused_loss", TORCH_BOX(&fused_loss));
   m.impl("fused_losses", TORCH_BOX(&fused_losses));
 }

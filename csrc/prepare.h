@@ -87,14 +87,15 @@ inline int64_t packed(int64_t row, int64_t k, int64_t K) {
   return (row / kBlock * K + k) * kBlock + row % kBlock;
 }
 
-// All prepared weights of layer l, or of the head for l = L. The workspace starts as zeros, so
-// padding stays zero.
+// All prepared weights of layer l, or of the head for l = L; without `products`, only what a loss
+// from the first layer on needs. The workspace starts as zeros, so padding stays zero.
 template <class R>
-void prepare(const Context<R>& c, int64_t l) {
+void prepare(const Context<R>& c, int64_t l, bool products) {
   const Sizes& s = c.s;
   if (l == s.L) {
     for (int64_t row = 0; row < s.V; ++row) fold_head(c, row);
-    return ff2_product(c, l - 1, 0, c.layout->head.N / kBlock, 0, s.F);
+    if (products) ff2_product(c, l - 1, 0, c.layout->head.N / kBlock, 0, s.F);
+    return;
   }
   const LayerSpace& a = c.layout->layers[l];
   const LayerWeights& w = c.map->layers[l];
@@ -106,6 +107,7 @@ void prepare(const Context<R>& c, int64_t l) {
     for (int64_t k = 0; k < s.F; ++k)
       c.at(a.ff2_pack)[packed(row, k, s.F)] = c.w(w.ff2_w)[row * s.F + k];
   }
+  if (!products) return;
   out_product(c, l, 0, a.ff1.N / kBlock, 0, s.D);
   ff2_product(c, l - 1, 0, a.qkv.N / kBlock, 0, s.F);
 }
@@ -115,7 +117,7 @@ template <class R>
 void prepare_again(const Context<R>& c, const Coordinate& at) {
   const Sizes& s = c.s;
   const int64_t l = at.layer;
-  if (at.kind == Kind::final_w || at.kind == Kind::final_b) return prepare(c, s.L);
+  if (at.kind == Kind::final_w || at.kind == Kind::final_b) return prepare(c, s.L, true);
   if (at.kind == Kind::head_w || at.kind == Kind::head_b) {
     fold_head(c, at.row);
     return ff2_product(c, l - 1, at.row / kBlock, at.row / kBlock + 1, 0, s.F);

@@ -85,6 +85,14 @@ def fused_refresh(weights: Tensor, plan: FusedPlan, changed: Tensor | None = Non
     return torch.ops.psfast.fused_refresh(weights, *plan.arguments(), changed)
 
 
+def fused_loss(weights: Tensor, plan: FusedPlan) -> Tensor:
+    """The loss at ``weights`` (N,), a float64 scalar with the bits of a whole ``fused_refresh``.
+
+    ``plan.workspace`` is worked in: it holds no incumbent afterwards.
+    """
+    return torch.ops.psfast.fused_loss(weights, *plan.arguments())
+
+
 def fused_losses(weights: Tensor, plan: FusedPlan, index: Tensor, delta: Tensor) -> Tensor:
     """The losses of K trial points, each ``weights`` plus ``delta[k]`` at ``index[k]``.
 
@@ -98,11 +106,16 @@ def _loaded() -> str | None:
     reason = extension.load()
     if reason is None:
         torch.library.register_fake("psfast::fused_refresh", _fake_refresh)
+        torch.library.register_fake("psfast::fused_loss", _fake_loss)
         torch.library.register_fake("psfast::fused_losses", _fake_losses)
     return reason
 
 
 def _fake_refresh(weights, tokens, targets, mask, workspace, sizes, eps, changed):
+    return weights.new_empty((), dtype=torch.float64)
+
+
+def _fake_loss(weights, tokens, targets, mask, workspace, sizes, eps):
     return weights.new_empty((), dtype=torch.float64)
 
 

@@ -9,7 +9,7 @@ from psfast.ops import FusedPlan
 
 def fused_refresh(weights: Tensor, plan: FusedPlan, changed: Tensor | None = None) -> Tensor:
     """The incumbent's loss, a float64 scalar. Nothing is kept, so ``changed`` says nothing new."""
-    return _loss(weights, plan).double()
+    return fused_loss(weights, plan)
 
 
 def fused_losses(weights: Tensor, plan: FusedPlan, index: Tensor, delta: Tensor) -> Tensor:
@@ -21,12 +21,15 @@ def fused_losses(weights: Tensor, plan: FusedPlan, index: Tensor, delta: Tensor)
     for k, (i, change) in enumerate(zip(index, delta, strict=True)):
         trial = weights.clone()
         trial[i] += change
-        losses[k] = _loss(trial, plan)
+        losses[k] = fused_loss(trial, plan)
     return losses
 
 
-def _loss(weights: Tensor, plan: FusedPlan) -> Tensor:
-    """Mean masked cross-entropy of the transformer whose parameters, in order, are ``weights``."""
+def fused_loss(weights: Tensor, plan: FusedPlan) -> Tensor:
+    """Mean masked cross-entropy of the transformer whose parameters, in order, are ``weights``.
+
+    weights: (N,) -> float64 scalar
+    """
     sizes = plan.sizes
     d, ff, V = sizes.d_model, sizes.d_ff, sizes.vocab_size
     take = _cut(weights)
@@ -48,7 +51,8 @@ def _loss(weights: Tensor, plan: FusedPlan) -> Tensor:
         x = x + (change if plan.mask is None else change * plan.mask[layer])
     logits = linear(norm(x), V, d)
     targets = plan.targets.flatten()
-    return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=sizes.ignore_index)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=sizes.ignore_index)
+    return loss.double()
 
 
 def _cut(weights: Tensor):

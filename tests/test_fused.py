@@ -292,6 +292,13 @@ def test_ops_are_their_plain_twins(mask):
     torch.testing.assert_close(
         ops.fused_refresh(weights, plan), twin.fused_refresh(weights, plan), rtol=1e-12, atol=0
     )
+    moved = weights.index_add(0, index.unique(), torch.full((len(index.unique()),), 0.05).double())
+    scratch = plan._replace(workspace=torch.zeros_like(plan.workspace))
+    kept = plan.workspace.clone()
+    torch.testing.assert_close(
+        ops.fused_loss(moved, scratch), twin.fused_loss(moved, plan), rtol=1e-12, atol=0
+    )
+    assert torch.equal(plan.workspace, kept)
     torch.testing.assert_close(
         ops.fused_losses(weights, plan, index, delta),
         twin.fused_losses(weights, plan, index, delta),
@@ -305,6 +312,7 @@ def test_ops_pass_opcheck():
     index, delta = torch.tensor([1, 5]), torch.tensor([0.1, 0.2]).double()
     base = (weights, *plan.arguments())
     torch.library.opcheck(torch.ops.psfast.fused_losses.default, (*base, index, delta))
+    torch.library.opcheck(torch.ops.psfast.fused_loss.default, base)
     torch.library.opcheck(torch.ops.psfast.fused_refresh.default, (*base, None))
     torch.library.opcheck(torch.ops.psfast.fused_refresh.default, (*base, index))
 

@@ -48,7 +48,7 @@ class FusedObjective(Objective):
             starts = torch.tensor([known[p] for p in self.params])
             self._bounds = torch.tensor(self.flat.offsets[1:])
             self._shift = starts - torch.tensor(self.flat.offsets[:-1])
-        self._plan = self._other_plan = None
+        self._plan = self._scratch = None
         self.set_batch(inputs, targets)
 
     def __call__(self) -> Tensor:
@@ -64,13 +64,10 @@ class FusedObjective(Objective):
         check_block(index, delta, self.flat.size)
         self._follow()
         index, delta = self._for_ops(index, delta)
-        if self._other_plan is None:
-            self._other_plan = self._plan._replace(workspace=self._plan.workspace.clone())
-        else:
-            self._other_plan.workspace.copy_(self._plan.workspace)
-        weights = self._weights.clone()
-        weights[index] += delta
-        return ops.fused_refresh(weights, self._other_plan, index)
+        if self._scratch is None:
+            self._scratch = torch.zeros_like(self._plan.workspace)
+        weights = self._weights.index_add(0, index, delta)
+        return ops.fused_loss(weights, self._plan._replace(workspace=self._scratch))
 
     def accept(self, index: Tensor, delta: Tensor) -> None:
         check_block(index, delta, self.flat.size)
@@ -91,9 +88,9 @@ class FusedObjective(Objective):
         if old is None or old.sizes != sizes or old.tokens.shape != inputs.shape:
             eps = self.model.final_norm.eps
             self._plan = ops.fused_plan(sizes, eps, inputs, targets, mask, self.flat.buffer)
+            self._scratch = None
         else:
             self._plan = old._replace(tokens=inputs, targets=targets, mask=mask)
-        self._other_plan = None
         self.flat.changed()
         self._refresh()
 
