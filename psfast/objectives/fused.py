@@ -13,6 +13,9 @@ from psfast.objectives.base import Objective, check_block
 from psfast.objectives.fused_model import check_batch, why_not_fused_model
 
 
+_FEW = 64  # accepted coordinates up to which preparing what each one touches is cheaper
+
+
 class FusedObjective(Objective):
     """``MaskedCrossEntropy(model(inputs), targets)``, whole blocks of trial points at a time.
 
@@ -49,6 +52,7 @@ class FusedObjective(Objective):
             self._bounds = torch.tensor(self.flat.offsets[1:])
             self._shift = starts - torch.tensor(self.flat.offsets[:-1])
         self._plan = self._scratch = None
+        self._written: list[Tensor] = []  # what was accepted since the last refresh
         self.set_batch(inputs, targets)
 
     def __call__(self) -> Tensor:
@@ -76,7 +80,7 @@ class FusedObjective(Objective):
         self.flat.add(index, delta)
         if self._shift is not None:
             self._weights[inner] += moved
-        self._loss = ops.fused_refresh(self._weights, self._plan, inner)
+        self._written.append(inner)
 
     def set_batch(self, inputs: Tensor, targets: Tensor, *, seed: int | None = None) -> None:
         self.seed = self.seed if seed is None else seed
@@ -110,8 +114,15 @@ class FusedObjective(Objective):
     def _follow(self) -> None:
         if self.flat.changed() or (self._frozen and self._frozen_stamp != self._stamp_frozen()):
             self._refresh()
+        elif self._written:
+            # Only now: between an accept and the next evaluation there often is another batch.
+            written = torch.cat(self._written)
+            self._written.clear()
+            changed = written if len(written) <= _FEW else None
+            self._loss = ops.fused_refresh(self._weights, self._plan, changed)
 
     def _refresh(self) -> None:
+        self._written.clear()
         self._frozen_stamp = self._stamp_frozen()
         if self._shift is None:
             self._weights = self.flat.buffer
