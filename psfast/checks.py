@@ -20,11 +20,15 @@ def check_number(
         raise ValueError(f"{name} must be {' and '.join(bounds)}, got {value!r}")
 
 
-def check_count(name: str, value: int | None, *, least: int = 1) -> None:
-    """Raise unless ``value`` is None or an integer >= ``least``."""
-    if value is None:
+def check_count(name: str, value: int | None, *, least: int = 1, optional: bool = False) -> None:
+    """Raise TypeError unless ``value`` is an integer, ValueError unless it is >= ``least``.
+
+    optional: None is right too
+    """
+    if value is None and optional:
         return
+    expected = "an integer or None" if optional else "an integer"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer or None, got {value!r}")
+        raise TypeError(f"{name} must be {expected}, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from psfast.checks import check_count
+
 SPLITS = {"train": range(0, 8), "val": range(8, 9), "test": range(9, 10)}  # tenths of all inputs
 SMALLEST_SPLIT_SPACE = 128
 
@@ -23,8 +25,7 @@ def parity(tokens: Tensor) -> Tensor:
 
 def modular_addition(mod: int) -> Callable[[Tensor], Tensor]:
     """A ground truth: state i is the sum of the first i + 1 tokens modulo ``mod``."""
-    if not isinstance(mod, int) or mod < 1:
-        raise ValueError(f"mod must be an integer >= 1, got {mod!r}")
+    check_count("mod", mod)
     return partial(_modular_sum, mod=mod)
 
 
@@ -250,8 +251,7 @@ def _length_range(seq_len: int | Sequence[int]) -> tuple[int, int]:
 
 def _check_sizes(n_samples: int, vocab_size: int, sep_token: int, pad_token: int) -> None:
     for name, value in (("n_samples", n_samples), ("vocab_size", vocab_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        check_count(name, value)
     if not vocab_size <= sep_token < pad_token:
         raise ValueError(
             "the special tokens must lie behind the vocabulary, vocab_size <= sep_token < "

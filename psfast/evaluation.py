@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -106,23 +105,6 @@ def unpack(batch) -> tuple[Tensor, Tensor]:
         return batch[0], batch[1]
     got = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
     raise TypeError(f'a batch must be (inputs, targets) or {{"x": ..., "y": ...}}, got {got}')
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device):
-    """Inside, random numbers start from ``seed``; the global random state is put back."""
-    # Not torch.manual_seed: it takes 2 ms to note who seeded a GPU that is not there.
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index])
-    saved = [generator.get_state() for generator in generators]
-    try:
-        for generator in generators:
-            generator.manual_seed(seed)
-        yield
-    finally:
-        for generator, state in zip(generators, saved, strict=True):
-            generator.set_state(state)
 
 
 class BatchObjectives:

@@ -31,13 +31,13 @@ from psfast.evaluation import (
     BatchObjectives,
     Scores,
     ScoreSums,
-    seeded,
     supervised_positions,
     unpack,
 )
 from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
 from psfast.objectives.base import Objective
 from psfast.optimizer import PatternSearch
+from psfast.random_state import seeded
 from psfast.reference import ReferencePatternSearch
 from psfast.search import derive_seed
 
@@ -305,7 +305,7 @@ class PatternSearchTask(PatternSearchMixin, _Task):
         backend: str = "auto",
     ):
         super().__init__(model, partial(optimizer, radius=pattern_search_radius), criterion)
-        check_count("evaluations_per_batch", evaluations_per_batch)
+        check_count("evaluations_per_batch", evaluations_per_batch, optional=True)
         self.evaluations_per_batch = evaluations_per_batch
         self.backend = backend
 
@@ -379,8 +379,7 @@ class StateTrackingDataModule(L.LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
+        check_count("batch_size", batch_size)
         self.train_dataset = train_dataset or StateTrackingDataset(200, 8, seed=0, split="train")
         self.val_dataset = val_dataset or StateTrackingDataset(50, 8, seed=1, split="val")
         self.test_dataset = test_dataset or StateTrackingDataset(50, 8, seed=2, split="test")

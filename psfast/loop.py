@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from psfast.evaluation import BatchObjectives, Scores, evaluate, seeded, unpack
+from psfast.checks import check_count
+from psfast.evaluation import BatchObjectives, Scores, evaluate, unpack
 from psfast.optimizer import PatternSearch, PollReport
+from psfast.random_state import seeded
 from psfast.search import derive_seed
 
 _LINE_SECONDS = 5.0
@@ -68,8 +70,7 @@ def fit(
     if not isinstance(optimizer, PatternSearch):
         raise TypeError(f"optimizer must be a psfast.PatternSearch, got {type(optimizer).__name__}")
     for name, value in (("max_steps", max_steps), ("val_every", val_every)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be an integer >= 1 or None, got {value!r}")
+        check_count(name, value, optional=True)
     if max_seconds is not None and not max_seconds > 0:
         raise ValueError(f"max_seconds must be > 0 or None, got {max_seconds!r}")
     run = _Run(model, criterion, optimizer, val_loader, _Display(max_steps, progress))

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from psfast.checks import check_count
+
 
 class CausalSelfAttention(nn.Module):
     """Causal softmax attention.
@@ -79,8 +81,7 @@ class DecoderOnlyTransformer(nn.Module):
             "max_len": max_len,
         }
         for name, value in sizes.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+            check_count(name, value)
         if d_model % n_heads:
             raise ValueError(
                 f"d_model must be divisible by n_heads, got d_model={d_model}, n_heads={n_heads}"

@@ -104,8 +104,8 @@ class PatternSearch(torch.optim.Optimizer):
         check_number("shrink", shrink, above=0.0, below=1.0)
         check_number("expand", expand, at_least=1.0)
         check_number("min_radius", min_radius, at_least=0.0)
-        check_count("max_evaluations", max_evaluations)
-        check_count("block_size", block_size)
+        check_count("max_evaluations", max_evaluations, optional=True)
+        check_count("block_size", block_size, optional=True)
         if acceptance not in _ACCEPTANCES:
             names = ", ".join(map(repr, _ACCEPTANCES))
             raise ValueError(f"acceptance must be one of {names}, got {acceptance!r}")
@@ -302,7 +302,8 @@ class PatternSearch(torch.optim.Optimizer):
             self._order_chunk = (key, 0, 0, None, None)
         _, low, high, index, delta = self._order_chunk
         if not low <= start <= start + count <= high:
-            low, high = start, min(total, start + max(count, _ORDER_CHUNK))
+            # Several blocks at once: on a GPU the order's walks wait for the device.
+            low, high = start, min(total, start + max(4 * count, _ORDER_CHUNK))
             order = self._poll.order
             entries = search.poll_order(self.seed, order, low, high - low, total, key[-1])
             index, sign = search.coordinates(entries)

@@ -164,7 +164,7 @@ def test_it_decides_as_a_plain_loop_does(tmp_path):
     for batch in batches():
         seed = psfast.search.derive_seed(0, search.polls)
         search.step(lambda batch=batch: twin.loss(batch))
-        with psfast.evaluation.seeded(seed, torch.device("cpu")), torch.no_grad():
+        with psfast.random_state.seeded(seed, torch.device("cpu")), torch.no_grad():
             twin.loss(batch)
     for name, value in twin.state_dict().items():
         assert torch.equal(value, module.state_dict()[name]), name

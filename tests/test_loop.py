@@ -164,7 +164,7 @@ def test_bad_input_is_refused():
     criterion = nn.MSELoss()
     with pytest.raises(TypeError, match=r"must be a psfast\.PatternSearch, got Adam"):
         fit(model, criterion, batches, torch.optim.Adam(model.parameters()), progress=False)
-    with pytest.raises(ValueError, match="max_steps must be an integer >= 1"):
+    with pytest.raises(ValueError, match="max_steps must be >= 1, got 0"):
         fit(model, criterion, batches, search, max_steps=0, progress=False)
     with pytest.raises(ValueError, match="max_seconds must be > 0"):
         fit(model, criterion, batches, search, max_seconds=-1.0, progress=False)

@@ -11,7 +11,7 @@ from psfast.flat import trainable
 from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
 from psfast.objectives.base import Objective, check_block
 from psfast.objectives.fused_model import check_batch, why_not_fused_model
-
+from psfast.random_state import seeded
 
 _FEW = 64  # accepted coordinates up to which preparing what each one touches is cheaper
 
@@ -161,6 +161,5 @@ def _dropout_masks(model, shape: torch.Size, seed: int) -> Tensor | None:
     if not any(drop.training and drop.p for drop in drops):
         return None
     ones = torch.ones(*shape, model.head.in_features, dtype=model.head.weight.dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed, ones.device):
         return torch.stack([F.dropout(ones, drop.p, drop.training) for drop in drops])

@@ -9,6 +9,7 @@ from torch import Tensor
 from psfast.flat import trainable
 from psfast.objectives.base import Objective, check_block
 from psfast.objectives.fused_model import check_batch, why_not_fused_model
+from psfast.random_state import seeded
 
 _INT32 = 2**31 - 1
 
@@ -156,15 +157,8 @@ class FusedCudaObjective(Objective):
         """(L, B, T, d_model) bool: what each block's dropout keeps, as a forward pass draws it."""
         device = self.flat.buffer.device
         ones = torch.ones(*shape, self.model.token_embedding.embedding_dim, device=device)
-        generator = torch.default_generator
-        if device.type == "cuda":
-            generator = torch.cuda.default_generators[device.index]
-        saved = generator.get_state()
-        try:
-            generator.manual_seed(self.seed)
+        with seeded(self.seed, device):
             return torch.stack([F.dropout(ones, dropout) != 0 for _ in self.model.blocks])
-        finally:
-            generator.set_state(saved)
 
 
 def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:

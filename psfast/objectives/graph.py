@@ -136,8 +136,7 @@ class GraphObjective(SerialObjective):
             while done < len(index):
                 first, done = done, min(done + _ROUND, len(index))
                 for _ in range(first, done):
-                    for generator in self._generators:
-                        generator.manual_seed(self.seed)
+                    self._seed_all()
                     self._replay()
                 if stop_below is not None and (cursor.losses[first:done] < stop_below).any():
                     break
@@ -164,8 +163,7 @@ class GraphObjective(SerialObjective):
             buffer.restore()
 
     def _checked_closure(self) -> None:
-        for generator in self._generators:
-            generator.manual_seed(self.seed)
+        self._seed_all()
         try:
             loss = self.closure()
         except RuntimeError as error:

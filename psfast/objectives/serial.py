@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from psfast import random_state
 from psfast.flat import FlatParameters, trainable
 from psfast.objectives.base import Objective, check_block
 
@@ -87,8 +88,7 @@ class SerialObjective(Objective):
 
     def _evaluate(self) -> float:
         """The closure's loss here, as a number; buffers are restored."""
-        for generator in self._generators:
-            generator.manual_seed(self.seed)
+        self._seed_all()
         try:
             return _as_number(self._call())
         finally:
@@ -121,27 +121,14 @@ class SerialObjective(Objective):
                 self._warned = True
                 warnings.warn(_BACKWARD, UserWarning, stacklevel=5)
 
-    @property
-    def _generators(self) -> list[torch.Generator]:
-        device = self.flat.buffer.device
-        if device.type == "cuda":
-            return [torch.default_generator, torch.cuda.default_generators[device.index]]
-        return [torch.default_generator]
+    def _seed_all(self) -> None:
+        random_state.seed_all(self.seed, self.flat.buffer.device)
 
     @contextmanager
     def _evaluation(self):
         """No gradients, neither recorded nor left behind; the global random state as it was."""
-        with torch.no_grad(), self._random_state(), self._no_gradients_left():
+        with torch.no_grad(), random_state.kept(self.flat.buffer.device), self._no_gradients_left():
             yield
-
-    @contextmanager
-    def _random_state(self):
-        saved = [(generator, generator.get_state()) for generator in self._generators]
-        try:
-            yield
-        finally:
-            for generator, state in saved:
-                generator.set_state(state)
 
     @contextmanager
     def _found_buffers(self):
