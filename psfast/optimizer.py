@@ -9,19 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from psfast import search, search_simplex
+from psfast import search
 from psfast.checks import check_count, check_number
 from psfast.flat import FlatParameters, same_parameters, trainable
 from psfast.objectives.base import Objective
 from psfast.objectives.serial import SerialObjective
+from psfast.polling import CompletePoll, WorkingSetPoll
 from psfast.search import Decision, PollState, comparable
-from psfast.search_simplex import SimplexGradient, Window
+from psfast.search_simplex import SimplexGradient
 
-_ORDER_CHUNK = 4096
 _LARGEST_BLOCK = 16384
 _BEST_BLOCK = 256
 _SEARCH_BLOCK = 512
-_SUFFICIENT_DECREASE = 1e-4  # times the squared radius
 _BLOCK_SECONDS = 0.25
 _PROGRESS_SECONDS = 0.1
 _ACCEPTANCES = {
@@ -182,9 +181,10 @@ class PatternSearch(torch.optim.Optimizer):
             size = self._block_size(before)
             if size < 1:
                 break
-            index, delta, place = self._block(size)
+            index, sign = self._rule.block(self._poll, size)
+            delta = sign * self._radius_of(index)
             losses = self._losses(objective, index, delta)
-            points = self._points(index, delta, place, losses)
+            points = self._points(index, delta, losses)
             decision = self._decide(objective, losses, points)
             speculated += len(losses) - decision.decided
             if decision.success:
@@ -239,8 +239,12 @@ class PatternSearch(torch.optim.Optimizer):
             raise ValueError("params must hold at least one trainable parameter, got none")
         self._flat = FlatParameters(self._params)
         self._serial: SerialObjective | None = None
-        self._order_chunk: tuple | None = None
-        self._window: Window | None = None
+        self._rule = self._new_rule()
+
+    def _new_rule(self) -> CompletePoll | WorkingSetPoll:
+        if self.search is None:
+            return CompletePoll(self.seed, self._flat)
+        return WorkingSetPoll(self.seed, self._flat, self.search)
 
     def _listed(self) -> list[torch.nn.Parameter]:
         """The trainable parameters as the groups list them, tied ones as often as they do."""
@@ -264,11 +268,11 @@ class PatternSearch(torch.optim.Optimizer):
         left = total - poll.tried
         if self.max_evaluations is not None:
             left = min(left, before.evaluations + self.max_evaluations - poll.evaluations)
-        if self.search is not None:
-            return min(self.block_size or _SEARCH_BLOCK, left)
-        left = min(left, total - poll.position)
+        left = min(left, self._rule.most(poll))
         if self.block_size is not None:
             return min(self.block_size, left)
+        if self.search is not None:
+            return min(_SEARCH_BLOCK, left)
         if self.acceptance != "first":
             return min(_BEST_BLOCK, left)
         # Blocks of a fraction of a second keep progress and Ctrl-C alive. Under "first" the
@@ -276,46 +280,11 @@ class PatternSearch(torch.optim.Optimizer):
         timely = int(_BLOCK_SECONDS / self._seconds_per_point)
         return min(search.block_size(poll), left, max(1, timely), _LARGEST_BLOCK)
 
-    def _block(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Poll entries as (index, delta), and with a search their places in the working set."""
-        if self.search is None:
-            return *self._poll_entries(self._poll.position, count), None
-        window = self._current_window()
-        place, sign = search_simplex.window_entries(self.seed, window, self._poll, count)
-        index = window.index[place]
-        return index, sign * self._radius_of(index), place
-
-    def _current_window(self) -> Window:
-        count = search_simplex.window_count(self._flat.size, self.search.working_set)
-        number = self._poll.window % count
-        if self._window is None or self._window.number != number:
-            self._window = search_simplex.new_window(
-                self.seed, self._poll.order, number, self._flat.size, self.search, self._flat.buffer
-            )
-        return self._window
-
-    def _poll_entries(self, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """(index, delta), cut from a chunk that serves many small blocks."""
-        total = 2 * self._flat.size
-        key = (self._poll.order, self._radii, total, self._flat.buffer.device)
-        if self._order_chunk is None or self._order_chunk[0] != key:
-            self._order_chunk = (key, 0, 0, None, None)
-        _, low, high, index, delta = self._order_chunk
-        if not low <= start <= start + count <= high:
-            # Several blocks at once: on a GPU the order's walks wait for the device.
-            low, high = start, min(total, start + max(4 * count, _ORDER_CHUNK))
-            order = self._poll.order
-            entries = search.poll_order(self.seed, order, low, high - low, total, key[-1])
-            index, sign = search.coordinates(entries)
-            delta = sign * self._radius_of(index)
-            self._order_chunk = (key, low, high, index, delta)
-        return index[start - low : start - low + count], delta[start - low : start - low + count]
-
-    def _radius_of(self, index: Tensor) -> Tensor:
-        """The radius of each coordinate, in the parameters' dtype. index: (K,) -> (K,)"""
-        buffer = self._flat.buffer
+    def _radius_of(self, index: Tensor) -> float | Tensor:
+        """The radius of all coordinates, or (K,) of each where the groups' differ."""
         if len(self.param_groups) == 1:
-            return buffer.new_tensor(self.radius)
+            return self.radius
+        buffer = self._flat.buffer
         radius_of = {p: g["radius"] for g in self.param_groups for p in g["params"]}
         radii = buffer.new_tensor([radius_of[p] for p in self._params])
         bounds = torch.tensor(self._flat.offsets[1:], device=buffer.device)
@@ -323,38 +292,30 @@ class PatternSearch(torch.optim.Optimizer):
 
     def _losses(self, objective: Objective, index: Tensor, delta: Tensor) -> Tensor:
         started = time.perf_counter()
-        one_is_enough = self.acceptance == "first" and self.search is None
+        one_is_enough = self.acceptance == "first" and not self._rule.whole_blocks
         stop = comparable(self._poll.incumbent) if one_is_enough else None
         losses = objective.losses(index, delta, stop_below=stop)
         seconds = (time.perf_counter() - started) / len(losses)
         self._seconds_per_point = max(1e-9, seconds)
         return losses
 
-    def _points(self, index, delta, place, losses) -> list[tuple[Tensor, Tensor]]:
-        """The search step's points, each as (index, delta); what it learns is kept."""
-        incumbent, points = comparable(self._poll.incumbent), []
+    def _points(self, index, delta, losses) -> list[tuple[Tensor, Tensor]]:
+        """Points beside the block's trial points that are worth a look, as (index, delta)."""
+        points = []
         if self.acceptance == "combine":
-            places = search.combinations(index, losses, incumbent)
+            places = search.combinations(index, losses, comparable(self._poll.incumbent))
             points += [(index[chosen], delta[chosen]) for chosen in places]
-        if self.search is not None and math.isfinite(incumbent):
-            slope = (losses.to(delta.device) - incumbent) / delta
-            self._window = search_simplex.measure(self._window, place, slope, self.search)
-            noise = 2 * torch.finfo(delta.dtype).eps * abs(incumbent) / delta.abs()
-            along = search_simplex.direction(self._window, place, noise, self.search)
-            values = self._flat.buffer[index]
-            changes = search_simplex.points_along(along, values, delta.abs(), self.search)
-            points += [(index, change) for change in changes]
-        return points
+        return points + self._rule.points(self._poll, index, delta, losses)
 
     def _decide(self, objective: Objective, losses: Tensor, points: list) -> Decision:
         incumbent = comparable(self._poll.incumbent)
         decision = _ACCEPTANCES[self.acceptance](losses, incumbent)
-        if self.search is not None:
+        if self._rule.whole_blocks:
             decision = decision._replace(decided=len(losses))
         if not points:
             return decision
         values = [objective.loss_at(index, delta).item() for index, delta in points]
-        decrease = 0.0 if self.search is None else _SUFFICIENT_DECREASE * self.radius**2
+        decrease = self._rule.decrease * self.radius**2
         return search.with_points(decision, values, incumbent, decrease)
 
     @staticmethod
@@ -370,11 +331,7 @@ class PatternSearch(torch.optim.Optimizer):
     def _commit(self, decision: Decision, n_points: int) -> bool:
         """Take the decision into the state; returns whether the poll failed."""
         total, nan = 2 * self._flat.size, self._poll.nan + decision.nan
-        if self.search is None:
-            poll, failed = search.advance(self._poll, decision, total)
-        else:
-            window_total = 2 * len(self._window.index)
-            poll, failed = search_simplex.advance_window(self._poll, decision, window_total, total)
+        poll, failed = self._rule.advance(self._poll, decision)
         self._poll = poll._replace(evaluations=poll.evaluations + n_points)
         if failed and nan == total:
             warnings.warn(
@@ -425,9 +382,9 @@ class PatternSearch(torch.optim.Optimizer):
             "seed": self.seed,
             "fingerprint": self._flat.fingerprint(),
         }
-        if self._window is not None:
-            names = ("visits", "mean", "square")
-            state["slopes"] = {name: getattr(self._window, name).clone() for name in names}
+        learned = self._rule.state_dict()
+        if learned:
+            state["slopes"] = learned
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -441,15 +398,7 @@ class PatternSearch(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self.seed, self._fingerprint = saved.pop("seed"), saved.pop("fingerprint")
         self._poll = search.PollState(**saved)
-        self._order_chunk = self._window = None
-        if self.search is not None and "slopes" in state_dict:
-            window = self._current_window()
-            slopes = {name: value.to(window.mean) for name, value in state_dict["slopes"].items()}
-            if len(slopes["mean"]) != len(window.index):
-                raise ValueError(
-                    "the state must come from a search with the same working_set, its working "
-                    f"set has {len(slopes['mean'])} coordinates for {len(window.index)}"
-                )
-            self._window = window._replace(**slopes)
+        self._rule = self._new_rule()
+        self._rule.load_state_dict(self._poll, state_dict.get("slopes", {}))
         self._radii = self._read_radii()
         self._flat.mark_changed()

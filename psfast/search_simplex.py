@@ -59,6 +59,9 @@ class SimplexGradient:
         check_number("decay", self.decay, at_least=0.0)
 
 
+LEARNED = ("visits", "mean", "square")
+
+
 class Window(NamedTuple):
     """A working set, and what its trial points have shown.
 

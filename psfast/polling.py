@@ -1,0 +1,138 @@
+"""Where the trial points of a step come from: one permutation of all, or working sets of them.
+
+A rule turns the search's state into the next block, may learn from the block's losses where
+else to look, and takes the decision into the state. It keeps nothing that the state and its
+own ``state_dict`` do not determine.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from psfast import search, search_simplex
+from psfast.flat import FlatParameters
+from psfast.search import Decision, PollState
+from psfast.search_simplex import SimplexGradient, Window
+
+_CHUNK = 4096
+
+
+class CompletePoll:
+    """All 2N trial points in one keyed permutation, which goes on behind an accepted one.
+
+    seed: of the permutations; flat: the parameters
+    """
+
+    whole_blocks = False  # what follows the accepted trial point in a block is not decided
+    decrease = 0.0  # the least that a point must gain, in squared radii
+
+    def __init__(self, seed: int, flat: FlatParameters):
+        self.seed, self.flat = seed, flat
+        self._drawn: tuple | None = None
+
+    def most(self, poll: PollState) -> int:
+        """Trial points that a block may hold at most."""
+        return 2 * self.flat.size - poll.position
+
+    def block(self, poll: PollState, count: int) -> tuple[Tensor, Tensor]:
+        """index and sign (count,), the latter in the parameters' dtype, of the next trial points.
+
+        They are cut from a longer piece of the permutation that serves several blocks: many
+        small ones cost less so, and on a GPU drawing a piece waits for the device.
+        """
+        start, total, buffer = poll.position, 2 * self.flat.size, self.flat.buffer
+        key = (poll.order, total, buffer.device)
+        if self._drawn is None or self._drawn[0] != key:
+            self._drawn = (key, 0, 0, None, None)
+        _, low, high, index, sign = self._drawn
+        if not low <= start <= start + count <= high:
+            low, high = start, min(total, start + max(4 * count, _CHUNK))
+            order = search.poll_order(self.seed, poll.order, low, high - low, total, buffer.device)
+            index, sign = search.coordinates(order)
+            sign = sign.to(buffer.dtype)
+            self._drawn = (key, low, high, index, sign)
+        return index[start - low : start - low + count], sign[start - low : start - low + count]
+
+    def points(self, poll: PollState, index: Tensor, delta: Tensor, losses: Tensor) -> list:
+        """The search step's points, each as (index, change): none."""
+        return []
+
+    def advance(self, poll: PollState, decision: Decision) -> tuple[PollState, bool]:
+        """The state after the block, and whether the poll has failed."""
+        return search.advance(poll, decision, 2 * self.flat.size)
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, poll: PollState, state: dict) -> None:
+        pass
+
+
+class WorkingSetPoll:
+    """The 2N trial points working set by working set, with points along the slopes they show.
+
+    seed, flat: as of ``CompletePoll``; settings: of the search step
+    """
+
+    whole_blocks = True
+    decrease = 1e-4
+
+    def __init__(self, seed: int, flat: FlatParameters, settings: SimplexGradient):
+        self.seed, self.flat, self.settings = seed, flat, settings
+        self._window: Window | None = None
+        self._place: Tensor | None = None
+
+    def most(self, poll: PollState) -> int:
+        return 2 * self.flat.size
+
+    def block(self, poll: PollState, count: int) -> tuple[Tensor, Tensor]:
+        """index and sign (K,), K <= count, of distinct coordinates of the working set."""
+        window = self._current(poll)
+        self._place, sign = search_simplex.window_entries(self.seed, window, poll, count)
+        return window.index[self._place], sign.to(self.flat.buffer.dtype)
+
+    def _current(self, poll: PollState) -> Window:
+        size, count = self.flat.size, self.settings.working_set
+        number = poll.window % search_simplex.window_count(size, count)
+        if self._window is None or self._window.number != number:
+            self._window = search_simplex.new_window(
+                self.seed, poll.order, number, size, self.settings, self.flat.buffer
+            )
+        return self._window
+
+    def points(self, poll: PollState, index: Tensor, delta: Tensor, losses: Tensor) -> list:
+        """Points along the slopes, each as (index, change); what the losses say is kept."""
+        incumbent = search.comparable(poll.incumbent)
+        if not math.isfinite(incumbent):
+            return []
+        slope = (losses.to(delta.device) - incumbent) / delta
+        self._window = search_simplex.measure(self._window, self._place, slope, self.settings)
+        noise = 2 * torch.finfo(delta.dtype).eps * abs(incumbent) / delta.abs()
+        along = search_simplex.direction(self._window, self._place, noise, self.settings)
+        values = self.flat.buffer[index]
+        changes = search_simplex.points_along(along, values, delta.abs(), self.settings)
+        return [(index, change) for change in changes]
+
+    def advance(self, poll: PollState, decision: Decision) -> tuple[PollState, bool]:
+        window_total = 2 * len(self._window.index)
+        return search_simplex.advance_window(poll, decision, window_total, 2 * self.flat.size)
+
+    def state_dict(self) -> dict:
+        """What the working set's trial points have shown, (W,) each; {} before the first."""
+        if self._window is None:
+            return {}
+        return {name: getattr(self._window, name).clone() for name in search_simplex.LEARNED}
+
+    def load_state_dict(self, poll: PollState, state: dict) -> None:
+        """Raises ValueError for a state of another working set's size."""
+        if not state:
+            return
+        window = self._current(poll)
+        learned = {name: value.to(window.mean) for name, value in state.items()}
+        if len(learned["mean"]) != len(window.index):
+            raise ValueError(
+                "the state must come from a search with the same working_set, its working "
+                f"set has {len(learned['mean'])} coordinates for {len(window.index)}"
+            )
+        self._window = window._replace(**learned)
