@@ -226,7 +226,7 @@ def test_a_run_killed_in_mid_epoch_goes_on_bit_for_bit(tmp_path, here):
         (["task.pattern_search_radius=-1"], "radius must be > 0"),
         (["task.pattern_search_radius=nan"], "radius must be > 0"),
         (["task.pattern_search_radius=big"], "radius must be a number, got 'big'"),
-        (["datamodule.batch_size=0"], "batch_size must be an integer >= 1, got 0"),
+        (["datamodule.batch_size=0"], "batch_size must be >= 1, got 0"),
         (["model.n_heads=3"], "d_model must be divisible by n_heads"),
         (["train_dataset.seq_len=80"], "max_len = 128, got T = 160"),
         (["trainer.gradient_clip_val=1.0"], "remove Trainer(gradient_clip_val=1.0)"),
