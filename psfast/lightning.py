@@ -42,6 +42,9 @@ from psfast.reference import ReferencePatternSearch
 from psfast.search import derive_seed
 
 
+_LINE_SECONDS = 5.0
+
+
 class BatchReport(NamedTuple):
     """What the search did on one training batch; None is what the reference does not tell.
 
@@ -67,6 +70,9 @@ class PatternSearchMixin:
     more on the accepted state, and what it logs is logged. It also updates BatchNorm
     statistics. A module whose loss is ``criterion(model(inputs), targets)`` says so in
     ``search_parts`` and gets the fast backends of ``psfast.objective``.
+
+    A poll that takes long says every few seconds how far it is; a ``progress`` of the user's on
+    the optimizer is called instead.
 
     Logged each batch: ``radius``, ``evaluations`` (in all), ``accepted`` (changes on this
     batch), ``evaluations_per_second``.
@@ -162,14 +168,15 @@ class PatternSearchMixin:
     def _search(self, search, objective, steps: int | None = None) -> Tensor:
         """One batch's search steps; ``self.last_search`` tells what they did."""
         reports, start, started = [], search.evaluations, time.perf_counter()
-        while True:
-            before = search.evaluations
-            loss = search.step(objective)
-            reports.append(getattr(search, "last_poll", None))
-            decided = search.evaluations - start
-            enough = decided >= (self.evaluations_per_batch or 0) or len(reports) == steps
-            if enough or search.evaluations == before:  # converged
-                break
+        with _lines_in_long_polls(search):
+            while True:
+                before = search.evaluations
+                loss = search.step(objective)
+                reports.append(getattr(search, "last_poll", None))
+                decided = search.evaluations - start
+                enough = decided >= (self.evaluations_per_batch or 0) or len(reports) == steps
+                if enough or search.evaluations == before:  # converged
+                    break
         seconds = max(time.perf_counter() - started, 1e-9)
         known = reports[0] is not None  # the reference reports nothing
         self.last_search = BatchReport(
@@ -223,6 +230,28 @@ class PatternSearchMixin:
             for metric, update in zip(metrics, updates, strict=True):
                 metric.update = update
                 del metric.forward
+
+
+@contextmanager
+def _lines_in_long_polls(search):
+    """Lightning's bar stands still within a batch: say every few seconds how far the poll is."""
+    if not isinstance(search, PatternSearch) or search.progress is not None:  # the user's own
+        yield
+        return
+    last = time.perf_counter()
+
+    def progress(tried: int, total: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        if now - last > _LINE_SECONDS:
+            last = now
+            rank_zero_info(f"psfast: {tried:,} of the poll's {total:,} trial points tried")
+
+    search.progress = progress
+    try:
+        yield
+    finally:
+        search.progress = None
 
 
 class _Task(L.LightningModule):

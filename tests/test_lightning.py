@@ -185,6 +185,16 @@ def test_a_closure_dict_and_more_than_one_step_a_batch(tmp_path):
     assert max(step["accepted"] for step in recorder.steps) > 1
 
 
+def test_a_long_poll_says_how_far_it_is(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("psfast.optimizer._PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("psfast.lightning._LINE_SECONDS", 0.0)
+    fit = trainer(tmp_path, max_epochs=1)
+    with caplog.at_level("INFO"):
+        fit.fit(Searched(block_size=2), loader())
+    assert "trial points tried" in caplog.text
+    assert fit.optimizers[0].progress is None
+
+
 def test_a_converged_search_ends_its_batch(tmp_path):
     class Patient(Searched):
         evaluations_per_batch = 10**9
