@@ -41,7 +41,6 @@ from psfast.random_state import seeded
 from psfast.reference import ReferencePatternSearch
 from psfast.search import derive_seed
 
-
 _LINE_SECONDS = 5.0
 
 
