@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from psfast.objectives.batched.program import kept
 from psfast.objectives.batched.trace import Node
 from psfast.objectives.batched.values import Batch
 
@@ -412,23 +413,24 @@ def _log_softmax(node, K, x, dim, half_to_float):
 def _nll_loss(node, K, x, target, weight, reduction, ignore_index):
     if isinstance(target, Batch) or isinstance(weight, Batch) or reduction == 0:
         return NotImplemented
-    if x.tensor.ndim != 3 or not isinstance(x, Batch):
+    if not isinstance(x, Batch) or x.tensor.ndim != 3:
         return NotImplemented
-    memo = node.memo
-    if "counted" not in memo:
+    if not {1, *([] if weight is None else [2])} <= node.shapes["fixed"]:
+        return NotImplemented
+
+    dtype = x.tensor.dtype
+
+    def read_targets():
         counted = (target != ignore_index).nonzero().squeeze(1)
-        memo["counted"] = counted
-        memo["class"] = target[counted]
-        memo["weight"] = None if weight is None else weight[target[counted]]
-        memo["total"] = len(counted) if weight is None else memo["weight"].sum()
-    picked = x.tensor[:, memo["counted"], memo["class"]]
+        own = target[counted]
+        one = torch.ones((), dtype=dtype, device=target.device)
+        weights = one.expand(own.shape) if weight is None else weight[own]
+        # the number itself comes from the tensor, so that it follows another batch
+        return counted, own, weights, weights.sum()
+
+    counted, own, weights, total = kept(node.batch_memo, "targets", read_targets)
+    picked = x.tensor[:, counted, own]
     if weight is not None:
-        picked = picked * memo["weight"]
-    total = picked.neg().sum(1)
-    if reduction == 1:
-        total = total / memo["total"] if weight is not None else total.div_(_count(memo, total))
-    return (total, None)
-
-
-def _count(memo: dict, like: Tensor) -> Tensor:
-    return torch.full((), memo["total"], dtype=like.dtype, device=like.device)
+        picked = picked * weights
+    loss = picked.neg().sum(1)
+    return (loss.div_(total) if reduction == 1 else loss, None)

@@ -1,93 +1,29 @@
 """Running the graph: once for the incumbent, and from a changed tensor on for its trial points."""
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from psfast.objectives.batched import dense, sparse
+from psfast.objectives.batched.plan import Plan
+from psfast.objectives.batched.program import Unrecordable, record
 from psfast.objectives.batched.rows import keep_counted_rows
 from psfast.objectives.batched.trace import Graph, Node, Ref, seeded
 from psfast.objectives.batched.values import Batch, Column, OneHot
 
 aten = torch.ops.aten
-COPIES = 2  # a product of one row gives other bits than one of many: the incumbent is never alone
+_RECORD_AT = 3  # uses; recording takes a few times as long as what it saves in one
 _RANDOM = torch.Tag.nondeterministic_seeded
-
-
-class Plan:
-    """What runs for a trial point that changes tensor ``number``.
-
-    nodes: those whose value depends on it and that the loss depends on, in running order
-    light: the first of them, whose values stay sparse; None until they have been found
-    heavy: the others
-    needed: the numbers of the sparse values that the heavy ones read
-    spare: number of a node -> the place of an argument that it may overwrite
-    sizes: chunk size -> whether its bits are those of every other size
-    """
-
-    def __init__(self, number: int, nodes: list[Node]):
-        self.number = number
-        self.nodes = nodes
-        self.light: list[Node] | None = None
-        self.heavy: list[Node] = []
-        self.needed: list[int] = []
-        self.last_use: dict[int, list[int]] = {}
-        self.spare: dict[int, int] = {}
-        self.sizes: dict[int, bool] = {}
-
-    def split(self, light: list[Node], start: int) -> None:
-        """Set light and heavy. start: the number of the tensor's own node."""
-        self.light = light
-        done = {start, *(n.number for n in light)}
-        self.heavy = [n for n in self.nodes if n.number not in done]
-        self.needed = sorted({i for n in self.heavy for i in n.inputs if i in done})
-        last = {i: n.number for n in self.heavy for i in n.inputs}
-        for i, user in last.items():
-            self.last_use.setdefault(user, []).append(i)
-        self._find_spare(last)
-
-    def _find_spare(self, last: dict[int, int]) -> None:
-        """Note the arguments that a node may write its result over.
-
-        That is one that nobody reads later, in memory that no value read later shares.
-        """
-        origin: dict[int, int] = {}  # the node that allocated the memory of each value
-        until: dict[int, list[int]] = {}
-        for node in self.heavy:
-            n = node.number
-            is_view = node.is_view and node.inputs[0] in origin
-            origin[n] = origin[node.inputs[0]] if is_view else n
-            until.setdefault(origin[n], []).append(n)
-        for node in self.heavy:
-            for place, a in enumerate(node.args):
-                if not isinstance(a, Ref) or a not in origin:
-                    continue
-                sharing = [last.get(n, n) for n in until[origin[a]] if n != a]
-                if last[a] == node.number and all(user < node.number for user in sharing):
-                    self.spare.setdefault(node.number, place)
-
-    def footprint(self, nodes: list[Node]) -> tuple[int, int]:
-        """Bytes a trial point: (at most alive at once, an op's own on average), stacked."""
-        sizes = {n.number: _bytes(n.value) for n in self.heavy}
-        sizes.update({i: _bytes(nodes[i].value) for i in self.needed})
-        alive = most = sum(sizes[i] for i in self.needed)
-        for node in self.heavy:
-            alive += sizes[node.number]
-            most = max(most, 2 * sizes[node.number] + alive)  # what the op itself takes
-            alive -= sum(sizes.get(i, 0) for i in self.last_use.get(node.number, ()))
-        return most, sum(sizes.values()) // max(len(sizes), 1)
-
-
-def _bytes(value) -> int:
-    if isinstance(value, (tuple, list)):
-        return sum(_bytes(v) for v in value)
-    return value.nbytes if isinstance(value, Tensor) else 0
 
 
 class Evaluator:
     """The graph with the incumbent's values in its nodes.
+
+    alone: whether the incumbent has the same bits evaluated alone as stacked (a product of one
+        row, say, gives other bits than one of many); None if that is not known
 
     Raises ValueError for a graph whose random draws depend on a parameter's values.
     """
@@ -101,6 +37,8 @@ class Evaluator:
         self.start = [own.get(p) for p in params]
         self.trained = set(self.start)
         self.rows: int | None = None
+        self.alone: bool | None = None
+        self._refreshes: dict[tuple, Callable | int] = {}
         live = self._live()
         self.running = [n for n in graph.nodes if n.op is not None]
         self.fixed = [n for n in self.running if not n.depends]
@@ -120,6 +58,11 @@ class Evaluator:
                 for place, a in enumerate(node.args)
                 if isinstance(a, Ref) and graph.nodes[a].weight
             }
+            node.shapes["fixed"] = {
+                place
+                for place, a in enumerate(node.args)
+                if isinstance(a, Ref) and not graph.nodes[a].depends
+            }
 
     def _live(self) -> set[int]:
         live = {self.graph.loss}
@@ -127,6 +70,11 @@ class Evaluator:
             if node.number in live:
                 live.update(node.inputs)
         return live
+
+    @property
+    def copies(self) -> int:
+        """As how many stacked trial points the incumbent is evaluated."""
+        return 1 if self.alone else 2
 
     @property
     def loss(self) -> Tensor:
@@ -153,20 +101,31 @@ class Evaluator:
                 args, kwargs = self._arguments(node, {})
                 node.value = _as_the_model(node, args, kwargs)
         for node in self.running:
-            node.memo = {}
+            node.memo.clear()
+            node.batch_memo.clear()
         rows = None if self.graph.rows is None else len(nodes[self.graph.rows].value)
         if rows != self.rows:  # other shapes: other arithmetic, other sizes
             self.rows = rows
-            for plan in self.plans:
-                plan.sizes.clear()
+            self.forget()
+
+    def forget(self) -> None:
+        """What was found out about sizes and bits does not hold any more."""
+        self.alone: bool | None = None
+        self._refreshes.clear()
+        for plan in self.plans:
+            plan.forget()
 
     def refresh(self, changed: frozenset[int] | None = None) -> None:
         """Compute the incumbent's values that depend on these tensors (None: on any)."""
-        for number, value in self._forward(changed).items():
-            self.graph.nodes[number].value = value
-        for node in self.moving:
-            if changed is None or changed & node.depends:
-                node.memo = {}
+        moved = [n for n in self.moving if changed is None or changed & n.depends]
+        # of sets of several tensors there are too many to keep a program for each
+        programs = self._refreshes if changed is None or len(changed) == 1 else {}
+        forward = lambda: list(self._forward(changed).values())  # noqa: E731
+        values = self._replay(programs, (changed, self.copies), forward, store=moved)
+        for node, value in zip(moved, values or (), strict=False):
+            node.value = value
+        for node in moved:
+            node.memo.clear()
 
     def loss_with(self, changed: frozenset[int]) -> Tensor:
         """The loss with what the parameters are now, where only these tensors have changed."""
@@ -175,7 +134,7 @@ class Evaluator:
     def _forward(self, changed: frozenset[int] | None) -> dict:
         """The new values of the nodes that depend on these tensors, by number.
 
-        Everything that depends on the batch runs as ``COPIES`` stacked trial points, so that
+        Everything that depends on the batch runs as ``copies`` stacked trial points, so that
         the incumbent's bits are those of a trial point that changes nothing.
         """
         values: dict[int, object] = {}
@@ -195,11 +154,38 @@ class Evaluator:
                 values[number] = node.op(*args, **kwargs)
                 continue
             args, kwargs = self._copies(node, args, kwargs)
-            out = dense.run(node, args, kwargs, COPIES)
+            out = dense.run(node, args, kwargs, self.copies)
             values[number] = _first(out, node.value)
             if not node.weight:
                 stacked[number] = out if isinstance(out, (tuple, list)) else Batch(out)
         return values
+
+    def _replay(self, programs: dict, key, function: Callable, inputs=(), store=()):
+        """``function(*inputs)``, as a program once it has been used often enough to record it.
+
+        store: the nodes that a program writes the results to, instead of returning them
+        """
+        program = programs.get(key, 0)
+        if callable(program):
+            return program(*inputs)
+        if program < _RECORD_AT:
+            programs[key] = program + 1
+        elif program == _RECORD_AT:
+            try:
+                programs[key] = record(function, inputs, self.graph.nodes, store)
+            except Unrecordable:
+                programs[key] = _RECORD_AT + 1  # for good
+        return function(*inputs)
+
+    def has_bits_alone(self) -> bool:
+        """Whether the incumbent's values, as they are, have the same bits evaluated alone."""
+        together = {n.number: n.value for n in self.moving}
+        before, self.alone = self.alone, True
+        try:
+            alone = self._forward(None)
+        finally:
+            self.alone = before
+        return all(_has_bits(alone[i], value) for i, value in together.items())
 
     def _copies(self, node: Node, args, kwargs):
         """The arguments with at least one of them stacked, as they are for a trial point."""
@@ -210,7 +196,7 @@ class Evaluator:
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         data = [i for i in tensors if not self.graph.nodes[names[i]].weight]
         for i in data or tensors:
-            leaves[i] = Batch(leaves[i].expand(COPIES, *leaves[i].shape))
+            leaves[i] = Batch(leaves[i].expand(self.copies, *leaves[i].shape))
         return pytree.tree_unflatten(leaves, spec)
 
     def _arguments(self, node: Node, changed: dict, stacked: dict | None = None):
@@ -247,6 +233,30 @@ class Evaluator:
                 env[node.number] = self._light(node, env)
         return {i: env[i] for i in plan.needed if env[i] is not None}
 
+    def changes(self, env: dict) -> Tensor:
+        """(K,) bool: which trial points differ from the incumbent in what the rest reads."""
+        first, *rest = (value.changes() for value in env.values())
+        for other in rest:
+            first = first | other
+        return first
+
+    def few(self, plan: Plan, at: Tensor, delta: Tensor) -> Tensor | None:
+        """The losses of a few trial points of one tensor, as many as a chunk has. -> (K,)
+
+        None if none of them changes anything.
+        """
+        K = len(at)
+
+        def start(at, delta):
+            env = self.sparse_part(plan, at, delta)
+            return [self.changes(env), *_tensors(env)]
+
+        changes, *tensors = self._replay(plan.programs, ("light", K), start, [at, delta])
+        if True not in changes.tolist():
+            return None
+        return self._losses(plan, tensors, K)
+
+
     def _find_light(self, plan: Plan, start: int, env: dict) -> None:
         light, deferred = [], set()
         for node in plan.nodes:
@@ -257,7 +267,7 @@ class Evaluator:
                     light.append(node)
                     continue
             deferred.add(node.number)
-        plan.split(light, start)
+        plan.split(light, start, env)
 
     def _light(self, node: Node, env: dict):
         if node.op is operator.getitem:
@@ -273,8 +283,17 @@ class Evaluator:
         """The losses of K trial points from their sparse values on. -> (K,)
 
         check: the trial points are the incumbent: note in ``plan.sizes`` whether every value
-        has the incumbent's bits.
+            has the incumbent's bits.
         """
+        return self._run(plan, env, K, check) if check else self._losses(plan, _tensors(env), K)
+
+    def _losses(self, plan: Plan, tensors: list[Tensor], K: int) -> Tensor:
+        def run(*tensors):
+            return self._run(plan, plan.sparse_values(self.graph.nodes, tensors), K)
+
+        return self._replay(plan.programs, ("heavy", K), run, tensors)
+
+    def _run(self, plan: Plan, env: dict, K: int, check: bool = False) -> Tensor:
         env = dict(env)
         same = True
         for node in plan.heavy:
@@ -324,6 +343,12 @@ class Evaluator:
         return out if isinstance(out, (tuple, list)) else Batch(out)
 
 
+def _tensors(env: dict) -> list[Tensor]:
+    """The tensors that sparse values are made of besides the incumbent's, each once."""
+    found = [t for value in env.values() for t in value.parts()]
+    return list({id(t): t for t in found}.values())
+
+
 def _stacked(a):
     return Batch(a.dense()) if isinstance(a, (Column, OneHot)) else a
 
@@ -341,8 +366,8 @@ def _has_bits(value, base) -> bool:
         return True
     if isinstance(value, (tuple, list)):
         pairs = zip(value, base, strict=False)
-        return all(_has_bits(Batch(v), b) for v, b in pairs if isinstance(v, Tensor))
-    value = value.dense()
+        return all(_has_bits(v, b) for v, b in pairs if isinstance(v, Tensor))
+    value = value if isinstance(value, Tensor) else value.dense()
     return bool(((value == base) | (value.isnan() & base.isnan())).all())
 
 

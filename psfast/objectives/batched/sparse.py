@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from psfast.objectives.batched import dense
+from psfast.objectives.batched.program import kept
 from psfast.objectives.batched.trace import Node
 from psfast.objectives.batched.values import Batch, Column, OneHot, columns
 
@@ -298,9 +299,8 @@ def _layer_norm(node: Node, x, shape, weight, bias, eps):
         return NotImplemented
     if isinstance(weight, OneHot) and _is_base(bias):
         at, delta = weight.reach()
-        if "normal" not in node.memo:
-            node.memo["normal"] = node.op(x, shape, None, None, eps)[0]
-        slope = columns(node.memo["normal"], -1, at)
+        normal = kept(node.memo, "normal", lambda: node.op(x, shape, None, None, eps)[0])
+        slope = columns(normal, -1, at)
         return (_changed(node, -1, at, delta, slope), None, None)
     if isinstance(bias, OneHot) and _is_base(weight):
         return (_changed(node, -1, *bias.reach(), None), None, None)
@@ -319,13 +319,14 @@ def _convolution(node: Node, x, weight, bias, stride, padding, dilation, transpo
         return _changed(node, -spatial - 1, *bias.reach(), None)
     if not isinstance(weight, OneHot) or not _is_base(bias) or transposed:
         return NotImplemented
-    if "patches" not in node.memo:
-        node.memo["patches"] = _patches(node, x, weight.base, stride, padding, dilation)
+    patches = kept(
+        node.memo, "patches", lambda: _patches(node, x, weight.base, stride, padding, dilation)
+    )
     at, delta = weight.reach()
     per_channel = weight.base[0].numel()
     channel = torch.div(at, per_channel, rounding_mode="floor")
     group = torch.div(channel, weight.base.shape[0] // groups, rounding_mode="floor")
-    slope = columns(node.memo["patches"], -spatial - 1, at % per_channel + group * per_channel)
+    slope = columns(patches, -spatial - 1, at % per_channel + group * per_channel)
     return _changed(node, -spatial - 1, channel, delta, slope)
 
 
@@ -363,10 +364,12 @@ def _batch_norm(node: Node, x, weight, bias, mean, var, training, momentum, eps)
         return NotImplemented
     if isinstance(weight, OneHot) and _is_base(bias):
         at, delta = weight.reach()
-        if "normal" not in node.memo:
-            normal = dense.batch_norm(x[None], None, None, mean, var, training, eps)
-            node.memo["normal"] = normal[0]
-        slope = columns(node.memo["normal"], channel, at)
+        normal = kept(
+            node.memo,
+            "normal",
+            lambda: dense.batch_norm(x[None], None, None, mean, var, training, eps)[0],
+        )
+        slope = columns(normal, channel, at)
         return (_changed(node, channel, at, delta, slope), None, None)
     if isinstance(bias, OneHot) and _is_base(weight):
         return (_changed(node, channel, *bias.reach(), None), None, None)

@@ -50,12 +50,13 @@ class Node:
     weight: made of parameters and buffers alone, so it has no batch dimension
     value: the incumbent's value, a tensor or a tuple of them; None until it is computed
     memo: what rules keep about the incumbent; emptied when ``value`` changes
+    batch_memo: what rules keep about values that no parameter changes; emptied by another batch
     shapes: what rules keep about the shapes; never emptied
     """
 
     __slots__ = (
-        "args", "depends", "dynamic", "inputs", "is_view", "kwargs", "memo", "number", "op",
-        "places", "shape", "shapes", "value", "weight",
+        "args", "batch_memo", "depends", "dynamic", "inputs", "is_view", "kwargs", "memo",
+        "number", "op", "places", "shape", "shapes", "value", "weight",
     )  # fmt: skip
 
     def __init__(self, number: int, op, args: tuple = (), kwargs: dict | None = None):
@@ -76,6 +77,7 @@ class Node:
         self.weight = False
         self.value = None
         self.memo: dict = {}
+        self.batch_memo: dict = {}
         self.shapes: dict = {}
 
     def __repr__(self) -> str:

@@ -39,6 +39,9 @@ class OneHot:
         """(place, delta) with a change of zero at place 0 for "not in this view"."""
         return self.at.clamp(min=0), self.delta.masked_fill(self.at < 0, 0)
 
+    def parts(self) -> tuple[Tensor, Tensor]:
+        return self.at, self.delta
+
     def changes(self) -> Tensor:
         """(K,) bool: whether the trial point's value may differ from the incumbent's."""
         return (self.at >= 0) & (self.delta != 0)
@@ -74,6 +77,9 @@ class Column:
     def old(self) -> Tensor:
         """The incumbent's columns, as ``new`` has the trial points': (K, *shape with 1 at dim)"""
         return columns(self.base, self.dim, self.at)
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        return self.at, self.new
 
     def changes(self) -> Tensor:
         """(K,) bool: whether the trial point's value differs from the incumbent's (NaN does)."""
