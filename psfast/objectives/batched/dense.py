@@ -418,7 +418,7 @@ def _nll_loss(node, K, x, target, weight, reduction, ignore_index):
     if not {1, *([] if weight is None else [2])} <= node.shapes["fixed"]:
         return NotImplemented
 
-    dtype = x.tensor.dtype
+    dtype, classes = x.tensor.dtype, x.tensor.shape[2]
 
     def read_targets():
         counted = (target != ignore_index).nonzero().squeeze(1)
@@ -426,11 +426,11 @@ def _nll_loss(node, K, x, target, weight, reduction, ignore_index):
         one = torch.ones((), dtype=dtype, device=target.device)
         weights = one.expand(own.shape) if weight is None else weight[own]
         # the number itself comes from the tensor, so that it follows another batch
-        return counted, own, weights, weights.sum()
+        return counted * classes + own, weights, weights.sum()
 
-    counted, own, weights, total = kept(node.batch_memo, "targets", read_targets)
-    picked = x.tensor[:, counted, own]
+    places, weights, total = kept(node.batch_memo, "targets", read_targets)
+    picked = x.tensor.flatten(1).index_select(1, places)
     if weight is not None:
         picked = picked * weights
-    loss = picked.neg().sum(1)
+    loss = picked.neg_().sum(1)
     return (loss.div_(total) if reduction == 1 else loss, None)

@@ -155,7 +155,7 @@ class Evaluator:
                 continue
             args, kwargs = self._copies(node, args, kwargs)
             out = dense.run(node, args, kwargs, self.copies)
-            values[number] = _first(out, node.value)
+            values[number] = _first(out, node.value, self.copies)
             if not node.weight:
                 stacked[number] = out if isinstance(out, (tuple, list)) else Batch(out)
         return values
@@ -225,7 +225,7 @@ class Evaluator:
     def sparse_part(self, plan: Plan, at: Tensor, delta: Tensor) -> dict:
         """The sparse values that the rest of the plan reads, by node, for K trial points."""
         start = self.start[plan.number]
-        env = {start: OneHot(self.graph.nodes[start].value, at, delta)}
+        env = {start: OneHot(self.graph.nodes[start].value, at, delta, True)}
         if plan.light is None:
             self._find_light(plan, start, env)
         else:
@@ -353,12 +353,12 @@ def _stacked(a):
     return Batch(a.dense()) if isinstance(a, (Column, OneHot)) else a
 
 
-def _first(out, before):
+def _first(out, before, copies: int):
     """Copy 0 of a stacked result; what it leaves out stays as it was."""
-    if not isinstance(out, (tuple, list)):
-        return out[0].clone()
-    kept = [b if o is None else o[0].clone() for o, b in zip(out, before, strict=False)]
-    return tuple(kept)
+    if isinstance(out, (tuple, list)):
+        pairs = zip(out, before, strict=False)
+        return tuple(b if o is None else _first(o, b, copies) for o, b in pairs)
+    return out[0].clone() if copies > 1 else out[0]
 
 
 def _has_bits(value, base) -> bool:

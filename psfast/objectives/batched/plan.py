@@ -15,8 +15,8 @@ class Plan:
     light: the first of them, whose values stay sparse; None until they have been found
     heavy: the others
     needed: the numbers of the sparse values that the heavy ones read
-    layout: of the sparse values that the heavy ones read: number, dim (None: a ``OneHot``), and
-        the places of its two tensors
+    layout: of the sparse values that the heavy ones read: number, dim (None: a ``OneHot``),
+        whether a ``OneHot`` is whole, and the places of its two tensors
     spare: number of a node -> the place of an argument that it may overwrite
     sizes: chunk size -> whether its bits are those of every other size
     programs: what is recorded (``Evaluator.replay``)
@@ -53,15 +53,16 @@ class Plan:
         for i in self.needed:
             if env[i] is not None:
                 parts = [place.setdefault(id(t), len(place)) for t in env[i].parts()]
-                self.layout.append((i, getattr(env[i], "dim", None), *parts))
+                whole = getattr(env[i], "whole", False)
+                self.layout.append((i, getattr(env[i], "dim", None), whole, *parts))
 
     def sparse_values(self, nodes: list[Node], tensors: Sequence[Tensor]) -> dict:
         """What the heavy nodes read, by node, from the tensors that it is made of."""
         env = {}
-        for i, dim, *parts in self.layout:
+        for i, dim, whole, *parts in self.layout:
             a, b = (tensors[place] for place in parts)
             base = nodes[i].value
-            env[i] = OneHot(base, a, b) if dim is None else Column(base, dim, a, b)
+            env[i] = OneHot(base, a, b, whole) if dim is None else Column(base, dim, a, b)
         return env
 
     def _find_spare(self, last: dict[int, int]) -> None:

@@ -17,48 +17,7 @@ from psfast.objectives.batched.trace import Node
 
 aten = torch.ops.aten
 
-# The same operations, called through torch's own bindings: half the time of an ``OpOverload``.
-_BINDINGS = {
-    aten._log_softmax.default: torch._log_softmax,
-    aten.abs.default: torch.abs,
-    aten.add.Tensor: torch.add,
-    aten.add_.Tensor: Tensor.add_,
-    aten.addmm.default: torch.addmm,
-    aten.any.dim: torch.any,
-    aten.bmm.default: torch.bmm,
-    aten.cat.default: torch.cat,
-    aten.clone.default: Tensor.clone,
-    aten.div.Tensor: torch.div,
-    aten.div_.Tensor: Tensor.div_,
-    aten.exp_.default: Tensor.exp_,
-    aten.expand.default: Tensor.expand,
-    aten.gather.default: torch.gather,
-    aten.index_select.default: torch.index_select,
-    aten.mm.default: torch.mm,
-    aten.mul.Tensor: torch.mul,
-    aten.mul_.Tensor: Tensor.mul_,
-    aten.native_layer_norm.default: torch.native_layer_norm,
-    aten.ne.Tensor: torch.ne,
-    aten.neg.default: torch.neg,
-    aten.neg_.default: Tensor.neg_,
-    aten.permute.default: torch.permute,
-    aten.relu.default: torch.relu,
-    aten.relu_.default: torch.relu_,
-    aten.repeat.default: Tensor.repeat,
-    aten.scatter_.src: Tensor.scatter_,
-    aten.scatter_add_.default: Tensor.scatter_add_,
-    aten.select.int: torch.select,
-    aten.sub.Tensor: torch.sub,
-    aten.sub_.Tensor: Tensor.sub_,
-    aten.sum.dim_IntList: torch.sum,
-    aten.t.default: torch.t,
-    aten.tanh.default: torch.tanh,
-    aten.tanh_.default: torch.tanh_,
-    aten.transpose.int: torch.transpose,
-    aten.unsqueeze.default: torch.unsqueeze,
-    aten.view.default: Tensor.view,
-    aten.where.self: torch.where,
-}
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
 
 
 class Unrecordable(Exception):
@@ -101,6 +60,7 @@ class _Recorder(TorchDispatchMode):
     """Writes down every operation below autograd.
 
     lines: (text, the names it assigns, the names it reads, whether it may be left out)
+    viewed: id of a view -> what it is a view of
     """
 
     active: "_Recorder | None" = None
@@ -112,6 +72,7 @@ class _Recorder(TorchDispatchMode):
         self.constants = constants
         self.scope = dict(scope)
         self.lines: list[tuple[str, list[str], list[str], bool]] = []
+        self.viewed: dict[int, Tensor] = {}
         self.alive: list = []  # while we record, an id must stand for one tensor
         self.reads: list[str] = []
 
@@ -142,9 +103,16 @@ class _Recorder(TorchDispatchMode):
         if op is aten._local_scalar_dense.default:
             raise Unrecordable(f"{op} reads a value on the host")
         self.reads = []
+        if op in _VIEWS:
+            args = self._of_the_first(args)
+            if args[0].shape == out.shape and id(args[0]) in self.names:
+                self.alive.append(out)
+                self.names[id(out)] = self.names[id(args[0])]
+                return out
+            self.viewed[id(out)] = args[0]
         call = [self._text(a) for a in args]
         call += [f"{name}={self._text(a)}" for name, a in kwargs.items()]
-        text = f"{self._constant(_BINDINGS.get(op, op))}({', '.join(call)})"
+        text = f"{self._constant(_binding(op, args, kwargs))}({', '.join(call)})"
         outs = out if isinstance(out, (tuple, list)) else [out]
         mutable = op._schema.is_mutable
         if mutable and any(id(o) in self.names for o in outs):
@@ -154,6 +122,13 @@ class _Recorder(TorchDispatchMode):
         left = ", ".join(assigned) + ("," if isinstance(out, (tuple, list)) else "")
         self.lines.append((f"{left} = {text}", assigned, self.reads, not mutable))
         return out
+
+    def _of_the_first(self, args: tuple) -> tuple:
+        """A view of views, as one of what they view: their number costs more than their work."""
+        source = args[0]
+        while source.is_contiguous() and id(source) in self.viewed:
+            source = self.viewed[id(source)]
+        return (source, *args[1:]) if source.is_contiguous() else args
 
     def keep(self, memo: dict, name: str, compute: Callable):
         inner = _Recorder(self.outer_names, self.constants, self.scope)
@@ -220,3 +195,48 @@ class _Recorder(TorchDispatchMode):
         scope = {**self.scope, "kept": kept}
         exec(compile(source, "<program of a block>", "exec"), scope)  # our own text alone
         return scope["program"]
+
+
+class _Seen(Exception):
+    """Ends a call before it does anything."""
+
+
+class _Spy(TorchDispatchMode):
+    """Notes the first operation that a call comes down to, and stops it there."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.seen = op, args, kwargs or {}
+        raise _Seen
+
+
+def _binding(op, args: tuple, kwargs: dict) -> Callable:
+    """The same operation as torch's own Python function, which takes half the time of ``op``.
+
+    That is one that comes down to this very call; ``op`` itself where there is none.
+    """
+    name = op._schema.name.partition("::")[2]
+    for place in (torch._C._VariableFunctions, Tensor):
+        function = getattr(place, name, None)
+        if function is not None and _comes_down_to(function, op, args, kwargs):
+            return function
+    return op
+
+
+def _comes_down_to(function: Callable, op, args: tuple, kwargs: dict) -> bool:
+    outer, _Recorder.active = _Recorder.active, None
+    spy = _Spy()
+    try:
+        with spy:
+            function(*args, **kwargs)
+    except _Seen:
+        got, spec = pytree.tree_flatten(spy.seen)
+        expected, expected_spec = pytree.tree_flatten((op, args, kwargs))
+        return spec == expected_spec and all(
+            a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b
+            for a, b in zip(got, expected, strict=True)
+        )
+    except (TypeError, RuntimeError):  # takes other arguments
+        return False
+    finally:
+        _Recorder.active = outer
+    return False

@@ -96,10 +96,17 @@ def _view_of_parameter(node: Node, x: OneHot, args, kwargs):
         return NotImplemented
     bases = node.value if _many(node.value) else (node.value,)
     found = tuple(
-        OneHot(base, torch.where(x.at < 0, -1, place[x.at]), x.delta)
-        for base, place in zip(bases, places, strict=True)
+        _seen_through(x, base, place) for base, place in zip(bases, places, strict=True)
     )
     return found if _many(node.value) else found[0]
+
+
+def _seen_through(x: OneHot, base: Tensor, place: Tensor) -> OneHot:
+    """``x`` in a view ``base`` that has element i at ``place[i]``."""
+    at = place.index_select(0, x.reach()[0])
+    if not x.whole:
+        at = torch.where(x.at < 0, -1, at)
+    return OneHot(base, at, x.delta, x.whole and base.numel() == x.base.numel())
 
 
 def _many(value) -> bool:
