@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from psfast.flat import trainable
 from psfast.objectives.base import Objective, check_block
 from psfast.objectives.batched.evaluate import Evaluator
+from psfast.objectives.batched.incumbent import Incumbent
 from psfast.objectives.batched.plan import Plan
 from psfast.objectives.batched.trace import composite_state, plain_loss, trace
 
@@ -58,26 +59,25 @@ class BatchedObjective(Objective):
         self.device = self.flat.buffer.device
         self.workspace = _free_bytes(self.device) // _SHARE if workspace is None else workspace
         self._warned = set()
-        self._dirty: frozenset[int] | None = frozenset()
         self._build()
 
     # --- what the search calls ------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        self._bring_up_to_date()
-        return self._evaluator.loss.clone()
+        self._follow()
+        return self._incumbent.loss.clone()
 
     @torch.no_grad()
     def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
         check_block(index, delta, self.flat.size)
-        self._bring_up_to_date()
+        self._follow()
         index = index.to(self.device)
         if 0 < len(index) <= _FEW:
             return self._losses_of_few(index, delta)
         groups = self._by_tensor(index)
         delta = self._rounded(index, delta)
-        losses = self._evaluator.loss.repeat(len(index))
+        losses = self._incumbent.loss.repeat(len(index))
         for number, which in groups.items():
             plan = self._evaluator.plans[number]
             at = index[which] - self.flat.offsets[number]
@@ -87,22 +87,23 @@ class BatchedObjective(Objective):
     @torch.no_grad()
     def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
         check_block(index, delta, self.flat.size)
-        self._bring_up_to_date()
+        self._follow()
         index, delta = index.to(self.device), delta.to(self.device)
+        self._incumbent.bring_up_to_date()
         buffer = self.flat.buffer
         saved = buffer[index]
         try:
             buffer[index] = saved + delta.to(buffer.dtype)
-            return self._evaluator.loss_with(self._tensors_of(index)).clone()
+            return self._incumbent.loss_with(self._tensors_of(index)).clone()
         finally:
             buffer[index] = saved
 
     @torch.no_grad()
     def accept(self, index: Tensor, delta: Tensor) -> None:
         check_block(index, delta, self.flat.size)
-        self._bring_up_to_date()
+        self._follow()
         self.flat.add(index.to(self.device), delta.to(self.device))
-        self._dirty |= self._tensors_of(index)
+        self._incumbent.touch(self._tensors_of(index))
 
     @torch.no_grad()
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
@@ -125,25 +126,22 @@ class BatchedObjective(Objective):
         self._chunks: dict[int, int] = {}
         self._threads = torch.get_num_threads()
         self._take_batch()
-        self._bring_up_to_date()
+        self._follow()
         self._verify()
 
     def _take_batch(self) -> None:
         self._read_state()
-        rows = self._evaluator.rows
-        self._evaluator.draw(self._tensors(), self.seed, self.device)
-        if self._evaluator.rows != rows:
+        if self._evaluator.draw(self._tensors(), self.seed, self.device):
             self._chunks.clear()
-        self._dirty = None
 
     def _read_state(self) -> None:
         params, buffers = composite_state(self.model, self.criterion)
         state = [*params.values(), *buffers.values()]
         self._buffers = list(buffers.values())
         self._versions = [b._version for b in self._buffers]
-        self._evaluator.read_state(state)
+        self._incumbent.read_state(state)
 
-    def _bring_up_to_date(self) -> None:
+    def _follow(self) -> None:
         if self.flat.changed() or self._versions != [b._version for b in self._buffers]:
             if self._signature() != self._traced_for:  # moved, or of another dtype
                 self._build()
@@ -152,16 +150,17 @@ class BatchedObjective(Objective):
             self._threads = torch.get_num_threads()
             self._chunks.clear()
             self._evaluator.forget()
-            self._dirty = None
-        if self._dirty is None or self._dirty:
-            self._evaluator.refresh(self._dirty)
-            self._dirty = frozenset()
-        if self._evaluator.alone is None:
-            alone = self._evaluator.has_bits_alone()
+        if self._incumbent.alone is None:
+            alone = self._incumbent.has_bits_alone()
             with self._another_point():
-                alone = alone and self._evaluator.has_bits_alone()
-            self._evaluator.alone = alone
+                alone = alone and self._incumbent.has_bits_alone()
+            self._incumbent.alone = alone
+            self._incumbent.touch(None)
             self._chunks.clear()
+
+    @property
+    def _incumbent(self) -> Incumbent:
+        return self._evaluator.incumbent
 
     def _tensors(self) -> list[Tensor]:
         leaves = pytree.tree_leaves((self.inputs, self.targets))
@@ -191,14 +190,14 @@ class BatchedObjective(Objective):
         step = torch.randn(buffer.shape, generator=generator, **kind)
         try:
             buffer.add_(step.mul_(0.05))
-            self._evaluator.refresh()
+            self._incumbent.touch(None)
             yield
         finally:
             buffer.copy_(saved)
-            self._evaluator.refresh()
+            self._incumbent.touch(None)
 
     def _compare(self, where: str) -> None:
-        got = self._evaluator.loss
+        got = self._incumbent.loss
         args = (self.model, self.criterion, self.inputs, self.targets, self.seed)
         expected = plain_loss(*args)
         if expected.ndim or got.ndim:
@@ -252,7 +251,7 @@ class BatchedObjective(Objective):
                 step = [steps[place] for place, _ in padded]
                 step = torch.tensor(step, dtype=self.flat.buffer.dtype, device=self.device)
                 got = self._evaluator.few(plan, at, step)
-            losses.append(self._evaluator.loss.expand(count) if got is None else got[:count])
+            losses.append(self._incumbent.loss.expand(count) if got is None else got[:count])
             order += [place for place, _ in points]
         together = torch.cat(losses)
         if order == sorted(order):
@@ -268,6 +267,7 @@ class BatchedObjective(Objective):
         start = 0
         while start < len(at):
             chunk = slice(start, start + _LARGEST_CHUNK)
+            self._incumbent.bring_up_to_date()
             env = self._evaluator.sparse_part(plan, at[chunk], delta[chunk])
             changes = self._evaluator.changes(env)
             moved = changes.nonzero().squeeze(1)
@@ -303,7 +303,7 @@ class BatchedObjective(Objective):
         At most a quarter of it is padding, unless a smaller chunk would have other bits.
         """
         most = self._most(plan)
-        size = least = self._evaluator.copies
+        size = least = self._incumbent.copies
         while size < min(count, most):
             size *= 2
         if size > least and count < size * 3 // 4:
@@ -324,7 +324,7 @@ class BatchedObjective(Objective):
             bound = self.workspace // max(alive, 1)
             if self.device.type == "cpu":
                 bound = min(bound, _CACHED // max(typical, 1))
-            bound = min(max(bound, self._evaluator.copies), _LARGEST_CHUNK)
+            bound = min(max(bound, self._incumbent.copies), _LARGEST_CHUNK)
             self._chunks[plan.number] = 1 << int(math.log2(bound))
         return self._chunks[plan.number]
 
@@ -333,6 +333,7 @@ class BatchedObjective(Objective):
         if size not in plan.sizes:
             at = torch.arange(size, device=self.device) % self.params[plan.number].numel()
             zero = torch.zeros(size, dtype=self.flat.buffer.dtype, device=self.device)
+            self._incumbent.bring_up_to_date()
             env = self._evaluator.sparse_part(plan, at, zero)
             self._evaluator.losses(plan, env, size, check=True)
         return plan.sizes[size]
@@ -340,7 +341,7 @@ class BatchedObjective(Objective):
     def _halve(self, plan: Plan, error: Exception) -> None:
         most = self._most(plan)
         is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not is_memory or most <= self._evaluator.copies:
+        if not is_memory or most <= self._incumbent.copies:
             raise error
         self._chunks[plan.number] = most // 2
         self._warn_once("memory", f"out of memory: going on with chunks of {most // 2}")

@@ -1,9 +1,10 @@
 """What runs for the trial points of one tensor, and in how much memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
+from psfast.objectives.batched.program import Program
 from psfast.objectives.batched.trace import Node, Ref
 from psfast.objectives.batched.values import Column, OneHot
 
@@ -19,7 +20,7 @@ class Plan:
         whether a ``OneHot`` is whole, and the places of its two tensors
     spare: number of a node -> the place of an argument that it may overwrite
     sizes: chunk size -> whether its bits are those of every other size
-    programs: what is recorded (``Evaluator.replay``)
+    programs: what is recorded (``Incumbent.replay``)
     """
 
     def __init__(self, number: int, nodes: list[Node]):
@@ -32,7 +33,7 @@ class Plan:
         self.last_use: dict[int, list[int]] = {}
         self.spare: dict[int, int] = {}
         self.sizes: dict[int, bool] = {}
-        self.programs: dict[tuple, Callable | int] = {}
+        self.programs: dict[tuple, Program | int] = {}
 
     def forget(self) -> None:
         """The shapes have changed: what was found for the old ones does not hold."""

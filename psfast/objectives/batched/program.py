@@ -20,6 +20,20 @@ aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 
 
+class Program:
+    """``run(*inputs)`` is the function; reads: the numbers of the nodes whose values it reads.
+
+    needs: what the incumbent must bring up to date before
+    """
+
+    __slots__ = ("needs", "reads", "run")
+
+    def __init__(self, run: Callable, reads: set[int]):
+        self.run = run
+        self.reads = reads
+        self.needs: list[int] = []
+
+
 class Unrecordable(Exception):
     """The function reads a tensor that it was not given, or a value on the host."""
 
@@ -33,7 +47,7 @@ def kept(memo: dict, name: str, compute: Callable):
     return memo[name]
 
 
-def record(function: Callable, inputs: list[Tensor], nodes: list[Node], store=()) -> Callable:
+def record(function: Callable, inputs: list[Tensor], nodes: list[Node], store=()) -> Program:
     """``function(*inputs)`` as a straight line, for other inputs of the same shapes.
 
     function: -> a tree of tensors that it computed from ``inputs`` and the values of ``nodes``
@@ -75,8 +89,9 @@ class _Recorder(TorchDispatchMode):
         self.viewed: dict[int, Tensor] = {}
         self.alive: list = []  # while we record, an id must stand for one tensor
         self.reads: list[str] = []
+        self.all_reads: set[int] = set()
 
-    def run(self, function: Callable, inputs: list[Tensor], store) -> Callable:
+    def run(self, function: Callable, inputs: list[Tensor], store) -> Program:
         outer, _Recorder.active = _Recorder.active, self
         arguments = [f"x{i}" for i in range(len(inputs))]
         self.names.update({id(x): name for x, name in zip(inputs, arguments, strict=True)})
@@ -93,7 +108,7 @@ class _Recorder(TorchDispatchMode):
             ]
         else:
             ends = [f"return {self._text(out)}"]
-        return self._compiled(arguments, ends, self.reads)
+        return Program(self._compiled(arguments, ends, self.reads), self.all_reads)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -142,8 +157,9 @@ class _Recorder(TorchDispatchMode):
         program = inner.run(run, [], ())
         memo[name] = value
         self.alive.append((memo, value))
+        self.all_reads |= program.reads
         new = self._new(value)
-        store, program = self._constant(memo), self._constant(program)
+        store, program = self._constant(memo), self._constant(program.run)
         self.lines.append((f"{new} = kept({store}, {name!r}, {program})", [new], [], True))
         return value
 
@@ -166,7 +182,10 @@ class _Recorder(TorchDispatchMode):
         if isinstance(value, Tensor):
             if id(value) in self.names:
                 name = self.names[id(value)]
-                self.reads.append(name.partition("[")[0])
+                variable = name.partition("[")[0]
+                self.reads.append(variable)
+                if variable[0] == "n":
+                    self.all_reads.add(int(variable[1:].partition(".")[0]))
                 return name
             if id(value) in self.constants or value.ndim == 0:
                 return self._constant(value)

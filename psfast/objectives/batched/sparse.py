@@ -95,9 +95,7 @@ def _view_of_parameter(node: Node, x: OneHot, args, kwargs):
     if any(p is None for p in places):
         return NotImplemented
     bases = node.value if _many(node.value) else (node.value,)
-    found = tuple(
-        _seen_through(x, base, place) for base, place in zip(bases, places, strict=True)
-    )
+    found = tuple(_seen_through(x, base, place) for base, place in zip(bases, places, strict=True))
     return found if _many(node.value) else found[0]
 
 
