@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import math
 import platform
 import subprocess
 import time
@@ -115,6 +116,10 @@ def forced(position: int, probability: float) -> bool:
     return derive_seed(1, position) < probability * 2**62
 
 
+# Blocks of up to so many trial points stop at the first one that improves.
+_STOPPING = {"serial": math.inf, "batched": 16}
+
+
 class ForcedOutcomes(Objective):
     """An objective whose trial points cost what they cost and improve as ``forced`` says.
 
@@ -134,7 +139,8 @@ class ForcedOutcomes(Objective):
 
     def losses(self, index, delta, *, stop_below=None) -> Tensor:
         outcomes = [forced(self.position + k, self.probability) for k in range(len(index))]
-        if stop_below is not None and self.inner.backend == "serial" and any(outcomes):
+        stops = len(index) <= _STOPPING.get(self.inner.backend, 0)
+        if stop_below is not None and stops and any(outcomes):
             outcomes = outcomes[: outcomes.index(True) + 1]
         count = len(outcomes)
         self.inner.losses(index[:count], delta[:count])

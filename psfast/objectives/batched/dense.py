@@ -39,6 +39,26 @@ def run(node: Node, args: list, kwargs: dict, K: int):
     return _vmap(node, args, kwargs)
 
 
+def plain(node: Node):
+    """The function that does for one value what the rule does for one stacked; None if none does.
+
+    For weights that are the same for all, as they are at the incumbent.
+    """
+    op = node.op
+    if op in _RESHAPES:
+        return torch.reshape
+    if op in _PLAIN:
+        return op
+    if op is aten.mm.default:
+        return op if weight_like(node, 1) and not weight_like(node, 0) else None
+    if op is aten.addmm.default:
+        is_linear = weight_like(node, 2) and weight_like(node, 0) and not weight_like(node, 1)
+        return op if is_linear and not node.kwargs else None
+    if torch.Tag.pointwise not in getattr(op, "tags", ()) or op in RULES:
+        return None
+    return op if op not in STEADY or _has_no_tail(node.value) else None
+
+
 IN_PLACE = {
     aten.relu.default: torch.relu_,
     aten.tanh.default: torch.tanh_,
@@ -160,6 +180,8 @@ STEADY = {
 
 
 # --- views ----------------------------------------------------------------------------------
+
+_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
 def shift(dim: int) -> int:
@@ -316,6 +338,16 @@ def _attention(node, K, q, k, v, *args, **kwargs):
     q, k, v = (stack(x, K).flatten(0, 1) for x in (q, k, v))
     out = node.op(q, k, v, *args, **kwargs)[0]
     return (out.unflatten(0, (K, -1)), *[None] * 8)
+
+
+_PLAIN = {
+    aten.transpose.int, aten.t.default, aten.permute.default, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.expand.default, aten.clone.default, aten.detach.default,
+    aten.slice.Tensor, aten.select.int, aten.index_select.default, aten.split.Tensor,
+    aten.split_with_sizes.default, aten.unbind.int, aten.cat.default, aten.stack.default,
+    aten.embedding.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten.native_layer_norm.default, aten._log_softmax.default, aten._softmax.default,
+}  # fmt: skip
 
 
 # --- what is first in N: images -----------------------------------------------------------------

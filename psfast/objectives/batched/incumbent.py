@@ -13,7 +13,7 @@ from psfast.objectives.batched.trace import Graph, Node, Ref, seeded
 from psfast.objectives.batched.values import Batch
 
 aten = torch.ops.aten
-_RECORD_AT = 3  # uses; recording takes a few times as long as what it saves in one
+_RECORD_AT = 1  # uses before; what runs once, as the check of a size, is not worth recording
 _RANDOM = torch.Tag.nondeterministic_seeded
 
 
@@ -58,16 +58,16 @@ class Incumbent:
         self.segments: list[list[Node]] = []
         self._depends: list[frozenset[int]] = []
         self._segment_of: dict[int, int] = {}
-        is_open = False  # only parameters and views of them so far
+        last = {}  # the last segment of views of parameters, and that of what the batch goes through
         for node in self.moving:
-            if not self.segments or not (is_open or node.depends <= self._depends[-1]):
+            s = last.get(node.weight)
+            latest = max((self._segment_of.get(i, -1) for i in node.inputs), default=-1)
+            if s is None or latest > s or not node.depends <= self._depends[s]:
+                s = last[node.weight] = len(self.segments)
                 self.segments.append([])
-                self._depends.append(frozenset())
-                is_open = True
-            self.segments[-1].append(node)
-            self._depends[-1] |= node.depends
-            self._segment_of[node.number] = len(self.segments) - 1
-            is_open = is_open and node.weight
+                self._depends.append(node.depends)
+            self.segments[s].append(node)
+            self._segment_of[node.number] = s
         self._reads = [
             {self._segment_of.get(i, s) for n in nodes for i in n.inputs} - {s}
             for s, nodes in enumerate(self.segments)
@@ -211,10 +211,16 @@ class Incumbent:
                 if source in stacked and stacked[source][index] is not None:
                     stacked[number] = Batch(stacked[source][index])
                 continue
-            args, kwargs = self.arguments(node, values, stacked)
+            # alone, most ops are what their rules do with one; nothing needs to be stacked
+            function = dense.plain(node) if self.alone and not node.weight else None
             if node.weight and node.op in sparse.VIEWS:
-                values[number] = node.op(*args, **kwargs)
+                function = node.op
+            if function is not None:
+                args, kwargs = self.arguments(node, values)
+                out = function(*args, **kwargs)
+                values[number] = tuple(out) if isinstance(out, list) else out
                 continue
+            args, kwargs = self.arguments(node, values, stacked)
             args, kwargs = self._copies(node, args, kwargs)
             out = dense.run(node, args, kwargs, self.copies)
             values[number] = _first(out, node.value, self.copies)
@@ -231,7 +237,9 @@ class Incumbent:
             alone = self.forward(self.moving)
         finally:
             self.alone = before
-        return all(has_bits(alone[i], value) for i, value in together.items())
+        # of several results those that are read are nodes of their own
+        single = [n.number for n in self.moving if isinstance(n.value, Tensor)]
+        return all(has_bits(alone[i], together[i]) for i in single)
 
     def _copies(self, node: Node, args, kwargs):
         """The arguments with at least one of them stacked, as they are for a trial point."""

@@ -73,8 +73,8 @@ class BatchedObjective(Objective):
         check_block(index, delta, self.flat.size)
         self._follow()
         index = index.to(self.device)
-        if 0 < len(index) <= _FEW:
-            return self._losses_of_few(index, delta)
+        if len(index) <= _FEW:
+            return self._losses_of_few(index, delta, stop_below)
         groups = self._by_tensor(index)
         delta = self._rounded(index, delta)
         losses = self._incumbent.loss.repeat(len(index))
@@ -124,6 +124,7 @@ class BatchedObjective(Objective):
         self._traced_for = self._signature()
         self._stops = torch.tensor(self.flat.offsets[1:], device=self.device)
         self._chunks: dict[int, int] = {}
+        self._few_sizes: dict[tuple[int, int], int] = {}
         self._threads = torch.get_num_threads()
         self._take_batch()
         self._follow()
@@ -132,7 +133,7 @@ class BatchedObjective(Objective):
     def _take_batch(self) -> None:
         self._read_state()
         if self._evaluator.draw(self._tensors(), self.seed, self.device):
-            self._chunks.clear()
+            self._forget_sizes()
 
     def _read_state(self) -> None:
         params, buffers = composite_state(self.model, self.criterion)
@@ -148,7 +149,7 @@ class BatchedObjective(Objective):
             self._take_batch()
         if torch.get_num_threads() != self._threads:  # which bits are steady may depend on it
             self._threads = torch.get_num_threads()
-            self._chunks.clear()
+            self._forget_sizes()
             self._evaluator.forget()
         if self._incumbent.alone is None:
             alone = self._incumbent.has_bits_alone()
@@ -156,7 +157,11 @@ class BatchedObjective(Objective):
                 alone = alone and self._incumbent.has_bits_alone()
             self._incumbent.alone = alone
             self._incumbent.touch(None)
-            self._chunks.clear()
+            self._forget_sizes()
+
+    def _forget_sizes(self) -> None:
+        self._chunks.clear()
+        self._few_sizes.clear()
 
     @property
     def _incumbent(self) -> Incumbent:
@@ -216,10 +221,12 @@ class BatchedObjective(Objective):
 
     def _rounded(self, index: Tensor, delta: Tensor) -> Tensor:
         """The changes that the trial values, rounded as the parameters are, amount to."""
-        value = self.flat.buffer[index]
+        value = self.flat.buffer.index_select(0, index)
         return (value + delta.to(self.device, value.dtype)).sub_(value)
 
     def _tensors_of(self, index: Tensor) -> frozenset[int]:
+        if len(index) <= _FEW:
+            return frozenset(self.flat.locate(i)[0] for i in index.tolist())
         return frozenset(torch.bucketize(index.to(self.device), self._stops, right=True).tolist())
 
     def _by_tensor(self, index: Tensor) -> dict[int, Tensor]:
@@ -232,33 +239,45 @@ class BatchedObjective(Objective):
         groups = order.split(counts)
         return {n: which for n, which in enumerate(groups) if len(which)}
 
-    def _losses_of_few(self, index: Tensor, delta: Tensor) -> Tensor:
-        """The same by way of Python lists, which are faster here than operations on tensors."""
-        found: dict[int, list[tuple[int, int]]] = {}
+    def _losses_of_few(self, index: Tensor, delta: Tensor, stop_below: float | None) -> Tensor:
+        """The same by way of Python numbers, which are faster here than operations on tensors.
+
+        One tensor's trial points after another's, by their first places; so it can stop early.
+        """
+        places: dict[int, list[int]] = {}
+        at = []
         for place, i in enumerate(index.tolist()):
-            number, at = self.flat.locate(i)
-            found.setdefault(number, []).append((place, at))
+            number, element = self.flat.locate(i)
+            at.append(element)
+            places.setdefault(number, []).append(place)
         steps = self._rounded(index, delta).tolist()
-        losses: list[Tensor] = []
-        order: list[int] = []
-        for number, points in found.items():
-            plan, count = self._evaluator.plans[number], len(points)
-            got = None
-            if plan.nodes:
-                size = self._chunk_size(plan, count)
-                padded = [*points, *[points[-1]] * (size - count)]
-                at = torch.tensor([a for _, a in padded], device=self.device)
-                step = [steps[place] for place, _ in padded]
-                step = torch.tensor(step, dtype=self.flat.buffer.dtype, device=self.device)
-                got = self._evaluator.few(plan, at, step)
-            losses.append(self._incumbent.loss.expand(count) if got is None else got[:count])
-            order += [place for place, _ in points]
-        together = torch.cat(losses)
-        if order == sorted(order):
-            return together
-        return torch.empty_like(together).index_copy_(
-            0, torch.tensor(order, device=self.device), together
-        )
+        stops = stop_below is not None and self.device.type == "cpu"  # elsewhere reading waits
+        losses: list[Tensor | None] = [None] * len(at)
+        known = 0
+        for number, group in places.items():
+            found = self._few(self._evaluator.plans[number], group, at, steps)
+            for k, place in enumerate(group):
+                losses[place] = found[k : k + 1]
+            while stops and known < len(at) and losses[known] is not None:
+                known += 1
+                if losses[known - 1].item() < stop_below:
+                    return torch.cat(losses[:known])
+        return torch.cat(losses) if losses else self._incumbent.loss.new_empty(0)
+
+    def _few(self, plan: Plan, places: list[int], at: list[int], steps: list[float]) -> Tensor:
+        """The losses of the trial points at these places, all of one tensor, and some more."""
+        found = None
+        if plan.nodes:
+            key = (plan.number, len(places))
+            if key not in self._few_sizes:
+                self._few_sizes[key] = self._chunk_size(plan, len(places))
+            padded = places + places[-1:] * (self._few_sizes[key] - len(places))
+            where = torch.tensor([at[k] for k in padded], device=self.device)
+            step = torch.tensor(
+                [steps[k] for k in padded], dtype=self.flat.buffer.dtype, device=self.device
+            )
+            found = self._evaluator.few(plan, where, step)
+        return self._incumbent.loss.expand(len(places)) if found is None else found
 
     def _group(self, plan: Plan, at: Tensor, delta: Tensor, which: Tensor, losses: Tensor) -> None:
         """Write the losses of the trial points of one tensor to their places ``which``."""
