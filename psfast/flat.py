@@ -75,7 +75,7 @@ class FlatParameters:
 
         Every other ``FlatParameters`` over the same parameters sees it as a change.
         """
-        self.buffer[index] += delta.to(self.buffer.dtype)
+        self.buffer.index_add_(0, index, delta.to(self.buffer.dtype))
         torch.autograd.graph.increment_version(self.params[0])
         if self._stamp is not None:
             self._stamp[0][0] += 1
