@@ -61,13 +61,9 @@ def record(function: Callable, inputs: list[Tensor], nodes: list[Node], store=()
             names.setdefault(id(node.value), f"n{node.number}.value")
         for place, part in enumerate(node.value if isinstance(node.value, tuple) else ()):
             names.setdefault(id(part), f"n{node.number}.value[{place}]")
-    constants = {id(t) for n in nodes for t in pytree.tree_leaves(n.shapes) if _is_tensor(t)}
+    constants = {id(t) for n in nodes for t in n.shapes.get("places", ())}
     recorder = _Recorder(names, constants, {f"n{n.number}": n for n in nodes})
     return recorder.run(function, inputs, store)
-
-
-def _is_tensor(x) -> bool:
-    return isinstance(x, Tensor)
 
 
 class _Recorder(TorchDispatchMode):
@@ -228,17 +224,21 @@ class _Spy(TorchDispatchMode):
         raise _Seen
 
 
+_bindings: dict[tuple, Callable] = {}  # by the operation and the kinds of its arguments
+
+
 def _binding(op, args: tuple, kwargs: dict) -> Callable:
     """The same operation as torch's own Python function, which takes half the time of ``op``.
 
     That is one that comes down to this very call; ``op`` itself where there is none.
     """
-    name = op._schema.name.partition("::")[2]
-    for place in (torch._C._VariableFunctions, Tensor):
-        function = getattr(place, name, None)
-        if function is not None and _comes_down_to(function, op, args, kwargs):
-            return function
-    return op
+    key = (op, tuple(map(type, args)), tuple(kwargs))
+    if key not in _bindings:
+        name = op._schema.name.partition("::")[2]
+        candidates = [getattr(p, name, None) for p in (torch._C._VariableFunctions, Tensor)]
+        found = [c for c in candidates if c is not None and _comes_down_to(c, op, args, kwargs)]
+        _bindings[key] = found[0] if found else op
+    return _bindings[key]
 
 
 def _comes_down_to(function: Callable, op, args: tuple, kwargs: dict) -> bool:
