@@ -138,7 +138,9 @@ class ForcedOutcomes(Objective):
         return torch.tensor(self.level, dtype=torch.float64)
 
     def losses(self, index, delta, *, stop_below=None) -> Tensor:
-        outcomes = [forced(self.position + k, self.probability) for k in range(len(index))]
+        outcomes = [False] * len(index)
+        if self.probability:
+            outcomes = [forced(self.position + k, self.probability) for k in range(len(index))]
         stops = len(index) <= _STOPPING.get(self.inner.backend, 0)
         if stop_below is not None and stops and any(outcomes):
             outcomes = outcomes[: outcomes.index(True) + 1]

@@ -8,7 +8,7 @@ from torch import nn
 
 import psfast
 from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
-from psfast.objectives.batched import BatchedObjective
+from psfast.objectives.batched import BatchedObjective, VmapObjective
 from psfast.objectives.serial import SerialModelObjective
 
 
@@ -334,6 +334,98 @@ def test_what_depends_on_values_is_refused(how):
     x, y = torch.randn(4, 3), torch.randn(4, 2)
     with pytest.raises(ValueError):
         BatchedObjective(Reads(how), nn.MSELoss(), x, y)
+
+
+class ByBatch(nn.Module):
+    """Control flow that depends on the batch alone: a trace would hold for one branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x)) if x.sum() > 0 else torch.relu(self.first(x))
+        return self.second(self.drop(h))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_cannot_be_traced_goes_through_vmap(dtype):
+    model = ByBatch().to(dtype)
+    inputs, targets = torch.randn(4, 5, dtype=dtype), classes(4)
+    f = psfast.objective(model, nn.CrossEntropyLoss(), inputs, targets)
+    assert f.backend == "vmap"
+    assert "cannot be traced" in f.why_not["batched"]
+    brute = SerialModelObjective(model, nn.CrossEntropyLoss(), inputs, targets)
+    close = {"rtol": 1e-9 if dtype is torch.float64 else 1e-5, "atol": 0}
+    for sign in (1, -1):  # both branches
+        f.set_batch(sign * inputs, targets)
+        brute.set_batch(sign * inputs, targets)
+        index, delta = some_points(f, 9)
+        together = f.losses(index, delta)
+        torch.testing.assert_close(together.double(), brute.losses(index, delta), **close)
+        assert torch.equal(f.losses(index, delta * 0), f().expand(len(index)))
+        for size in (1, 5):
+            blocks = zip(index.split(size), delta.split(size), strict=True)
+            assert torch.equal(torch.cat([f.losses(i, d) for i, d in blocks]), together)
+        f.accept(index[:1], delta[:1])
+        torch.testing.assert_close(f().double(), brute(), **close)
+
+
+def test_what_neither_trace_nor_vmap_can_do_is_serial():
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    f = psfast.objective(Reads("branch"), nn.MSELoss(), x, y)
+    assert f.backend == "serial"
+    assert "vmap fails" in f.why_not["vmap"]
+
+
+@pytest.mark.parametrize("how", ["branch", "parameter's item", "numpy", "shape", "draws"])
+def test_what_vmap_would_get_wrong_is_refused(how):
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    with pytest.raises(ValueError):
+        VmapObjective(Reads(how), nn.MSELoss(), x, y)
+
+
+def test_a_parameter_read_behind_the_modules_back_is_refused():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+            self.alias = [self.linear.weight]
+
+        def forward(self, x):
+            return self.linear(x) + x @ self.alias[0].t()
+
+    with pytest.raises(ValueError, match="does not reproduce the model"):
+        VmapObjective(Hidden(), nn.MSELoss(), torch.randn(4, 3), torch.randn(4, 2))
+
+
+def test_autocast_is_refused():
+    arguments = build("mlp", torch.float32)
+    f = BatchedObjective(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        for backend in ("batched", "vmap"):
+            with pytest.raises(ValueError, match="autocast is on"):
+                psfast.objective(*arguments, backend=backend)
+        with pytest.raises(ValueError, match="autocast is on"):
+            f.losses(*some_points(f, 1))
+
+
+@pytest.mark.parametrize("name", ["mlp", "decoder", "gru", "cnn"])
+def test_bits_hold_for_another_number_of_threads(name):
+    f = BatchedObjective(*build(name, torch.float32))
+    index, delta = some_points(f, 7)
+    f.losses(index, delta)
+    threads = torch.get_num_threads()
+    try:
+        for count in (3, 2):
+            torch.set_num_threads(count)
+            together = f.losses(index, delta)
+            parts = [f.losses(i, d) for i, d in zip(index.split(3), delta.split(3), strict=True)]
+            assert torch.equal(torch.cat(parts), together)
+            assert torch.equal(f.losses(index, delta * 0), f().expand(len(index)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_state_of_its_own_is_refused():

@@ -13,7 +13,7 @@ class Objective:
 
     params: the parameters that ``index`` counts through, in order
     flat: their one buffer
-    backend: how blocks are evaluated: "serial", "graph", "batched" or "fused"
+    backend: how blocks are evaluated: "serial", "graph", "vmap", "batched" or "fused"
     why_not: backend -> the reason it does not serve here
 
     A backend implements ``__call__``, ``losses``, ``loss_at`` and ``accept``. None of the

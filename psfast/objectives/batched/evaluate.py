@@ -2,6 +2,7 @@
 
 import operator
 
+import torch
 from torch import Tensor
 
 from psfast.objectives.batched import dense, sparse
@@ -43,6 +44,14 @@ class Evaluator:
         self.incumbent.forget()
         for plan in self.plans:
             plan.forget()
+
+    def prepare(self, plan: Plan) -> None:
+        """Find out, once, which nodes of the plan stay sparse."""
+        if plan.light is None:
+            self.incumbent.bring_up_to_date()
+            value = self.graph.nodes[self.incumbent.start[plan.number]].value
+            at = torch.zeros(1, dtype=torch.int64, device=value.device)
+            self.sparse_part(plan, at, value.new_zeros(1))
 
     def sparse_part(self, plan: Plan, at: Tensor, delta: Tensor) -> dict:
         """The sparse values that the rest of the plan reads, by node, for K trial points."""

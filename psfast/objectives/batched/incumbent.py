@@ -58,7 +58,7 @@ class Incumbent:
         self.segments: list[list[Node]] = []
         self._depends: list[frozenset[int]] = []
         self._segment_of: dict[int, int] = {}
-        last = {}  # the last segment of views of parameters, and that of what the batch goes through
+        last = {}  # whether of parameters alone -> the last such segment
         for node in self.moving:
             s = last.get(node.weight)
             latest = max((self._segment_of.get(i, -1) for i in node.inputs), default=-1)

@@ -14,9 +14,14 @@ from psfast.objectives.base import Objective, check_block
 from psfast.objectives.batched.evaluate import Evaluator
 from psfast.objectives.batched.incumbent import Incumbent
 from psfast.objectives.batched.plan import Plan
-from psfast.objectives.batched.trace import composite_state, plain_loss, trace
+from psfast.objectives.batched.trace import (
+    composite_state,
+    plain_loss,
+    refuse_autocast,
+    trace,
+)
+from psfast.objectives.batched.workspace import checked_workspace
 
-_SHARE = 4  # of the free memory, one part in so many is the default workspace
 _CACHED = 1 << 20  # bytes that a value of a chunk takes on average, on CPU: more misses the cache
 _LARGEST_CHUNK = 4096
 _FEW = 16  # trial points that are sorted sooner in Python than by tensor operations
@@ -35,7 +40,7 @@ class BatchedObjective(Objective):
     of the same shapes; ``set_batch`` traces again for others.
 
     Raises ValueError, with the reason, for a model that cannot be traced or whose trace does
-    not reproduce it.
+    not reproduce it, and under autocast.
     """
 
     backend = "batched"
@@ -52,13 +57,12 @@ class BatchedObjective(Objective):
         workspace: int | None = None,
     ):
         super().__init__(trainable(model.parameters()) if params is None else params)
-        if workspace is not None and workspace < 1:
-            raise ValueError(f"workspace must be a number of bytes >= 1, got {workspace!r}")
         self.model, self.criterion, self.seed = model, criterion, seed
         self.inputs, self.targets = inputs, targets
         self.device = self.flat.buffer.device
-        self.workspace = _free_bytes(self.device) // _SHARE if workspace is None else workspace
+        self.workspace = checked_workspace(workspace, self.device)
         self._warned = set()
+        refuse_autocast(self.device)
         self._build()
 
     # --- what the search calls ------------------------------------------------------------
@@ -143,6 +147,8 @@ class BatchedObjective(Objective):
         self._incumbent.read_state(state)
 
     def _follow(self) -> None:
+        """See what others have changed: parameters, buffers, the number of threads."""
+        refuse_autocast(self.device)
         if self.flat.changed() or self._versions != [b._version for b in self._buffers]:
             if self._signature() != self._traced_for:  # moved, or of another dtype
                 self._build()
@@ -283,9 +289,10 @@ class BatchedObjective(Objective):
         """Write the losses of the trial points of one tensor to their places ``which``."""
         if not plan.nodes:
             return
-        start = 0
-        while start < len(at):
-            chunk = slice(start, start + _LARGEST_CHUNK)
+        self._evaluator.prepare(plan)
+        step = min(max(1, self.workspace // max(plan.sparse_bytes, 1)), _LARGEST_CHUNK)
+        for start in range(0, len(at), step):
+            chunk = slice(start, start + step)
             self._incumbent.bring_up_to_date()
             env = self._evaluator.sparse_part(plan, at[chunk], delta[chunk])
             changes = self._evaluator.changes(env)
@@ -295,7 +302,6 @@ class BatchedObjective(Objective):
                     memo: dict = {}
                     env = {i: value.select(moved, memo) for i, value in env.items()}
                 losses[which[chunk][moved]] = self._heavy(plan, env, len(moved)).to(losses.dtype)
-            start += _LARGEST_CHUNK
 
     def _heavy(self, plan: Plan, env: dict, count: int) -> Tensor:
         parts, start = [], 0
@@ -339,6 +345,7 @@ class BatchedObjective(Objective):
 
     def _most(self, plan: Plan) -> int:
         if plan.number not in self._chunks:
+            self._evaluator.prepare(plan)
             alive, typical = plan.footprint(self._evaluator.graph.nodes)
             bound = self.workspace // max(alive, 1)
             if self.device.type == "cpu":
@@ -372,14 +379,3 @@ class BatchedObjective(Objective):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, workspace={self.workspace / 2**20:.0f} MiB"
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return 4 << 30  # not Linux: assume that a workspace of a quarter of this is there

@@ -15,6 +15,7 @@ class Plan:
     nodes: those whose value depends on it and that the loss depends on, in running order
     light: the first of them, whose values stay sparse; None until they have been found
     heavy: the others
+    sparse_bytes: that the values of the light nodes take, a trial point
     needed: the numbers of the sparse values that the heavy ones read
     layout: of the sparse values that the heavy ones read: number, dim (None: a ``OneHot``),
         whether a ``OneHot`` is whole, and the places of its two tensors
@@ -28,6 +29,7 @@ class Plan:
         self.nodes = nodes
         self.light: list[Node] | None = None
         self.heavy: list[Node] = []
+        self.sparse_bytes = 0
         self.needed: list[int] = []
         self.layout: list[tuple] = []
         self.last_use: dict[int, list[int]] = {}
@@ -41,8 +43,18 @@ class Plan:
         self.programs.clear()
 
     def split(self, light: list[Node], start: int, env: dict) -> None:
-        """Set light and heavy. start: the number of the tensor's own node; env: light's values."""
+        """Set light and heavy.
+
+        start: the number of the tensor's own node; env: light's values for one trial point
+        """
         self.light = light
+        self.sparse_bytes = sum(
+            t.nbytes
+            for values in env.values()
+            for value in (values if isinstance(values, tuple) else (values,))
+            if value is not None
+            for t in value.parts()
+        )
         done = {start, *(n.number for n in light)}
         self.heavy = [n for n in self.nodes if n.number not in done]
         self.needed = sorted({i for n in self.heavy for i in n.inputs if i in done})

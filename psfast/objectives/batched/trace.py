@@ -155,14 +155,27 @@ def plain_loss(model, criterion, inputs, targets, seed: int, state: dict | None 
     loss = _Loss(model, criterion)
     buffers = {name: b.clone() for name, b in loss.named_buffers()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with _plain_kernels(), seeded(seed, device):
+    with plain_kernels(), seeded(seed, device):
         return functional_call(loss, {**buffers, **(state or {})}, (inputs, targets))
+
+
+def composite(model: nn.Module, criterion: Callable) -> nn.Module:
+    """inputs, targets -> loss, as one module."""
+    return _Loss(model, criterion)
 
 
 def composite_state(model: nn.Module, criterion: Callable) -> tuple[dict, dict]:
     """(parameters, buffers) of model and criterion by name, tied ones once."""
     loss = _Loss(model, criterion)
     return dict(loss.named_parameters()), dict(loss.named_buffers())
+
+
+def refuse_autocast(device: torch.device) -> None:
+    """Raise ValueError where autocast is on: it would cast inside our own operations too."""
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError(
+            "autocast is on: build and use the objective outside of it, or cast the model itself"
+        )
 
 
 @contextmanager
@@ -175,7 +188,7 @@ def seeded(seed: int, device: torch.device):
 
 
 @contextmanager
-def _plain_kernels():
+def plain_kernels():
     """No monolithic kernels (fused encoder layers, oneDNN and cuDNN recurrences), no compiler."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -224,7 +237,7 @@ def trace(model: nn.Module, criterion: Callable, inputs, targets, device) -> Gra
     flat, tree = pytree.tree_flatten(example())
     table = {aten.linear.default: _linear}
     try:
-        with _plain_kernels(), seeded(0, device):
+        with plain_kernels(), seeded(0, device):
             # Twice: the first pass takes composite ops apart, which may write in place to
             # views; the second one sees every write and turns it into a new value.
             first = make_fx(lambda *a: run(*pytree.tree_unflatten(a, tree)), table)(*flat)
