@@ -105,7 +105,7 @@ class Plan:
         alive = most = sum(sizes[i] for i in self.needed)
         for node in self.heavy:
             alive += sizes[node.number]
-            most = max(most, 2 * sizes[node.number] + alive)  # what the op itself takes
+            most = max(most, 3 * sizes[node.number] + alive)  # what the rule itself takes
             alive -= sum(sizes.get(i, 0) for i in self.last_use.get(node.number, ()))
         return most, sum(sizes.values()) // max(len(sizes), 1)
 
