@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import ForcedOutcomes, agreement, poll_block, serial_loop
+from harness import ForcedOutcomes, agreement, poll_block, run_points, serial_loop
 from torch import nn
 
 import psfast
@@ -85,9 +85,10 @@ def test_batched(measure, request, name):
     assert error < TOLERANCE, f"batched is off by {error}: no timing of wrong losses"
     outcomes = ForcedOutcomes(objective, 0.0)
     points = points_of("batched", request)
-    optimizer = psfast.PatternSearch(objective.params, radius=1e-3, max_evaluations=points)
+    optimizer = psfast.PatternSearch(objective.params, radius=1e-3)
     case = f"complete poll: {name}, B = {CASES[name][1]}, cpu"
-    measure("models", case, "batched", lambda: optimizer.step(outcomes) and None, points)
+    run = partial(run_points, optimizer, outcomes, points)
+    measure("models", case, "batched", run, points)
 
 
 @pytest.mark.parametrize("name", CASES)

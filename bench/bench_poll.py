@@ -13,6 +13,7 @@ from harness import (
     failing_reference_poll,
     forced,
     poll_block,
+    run_points,
     serial_accepts,
     serial_loop,
     state_tracking,
@@ -93,14 +94,8 @@ def test_backend(measure, quick, regime, size, batch, backend, device):
     objective = build(backend, size, batch, device)
     points = points_of(backend, size, batch, regime, quick)
     outcomes = ForcedOutcomes(objective, REGIMES[regime])
-    optimizer = psfast.PatternSearch(objective.params, radius=1e-3, max_evaluations=points)
-
-    def run():
-        left = outcomes.position + points
-        while outcomes.position < left:
-            optimizer.max_evaluations = left - outcomes.position
-            optimizer.step(outcomes)
-
+    optimizer = psfast.PatternSearch(objective.params, radius=1e-3)
+    run = partial(run_points, optimizer, outcomes, points)
     measure("poll", f"{regime}: {name(size, batch, device)}", backend, run, points)
 
 

@@ -154,6 +154,14 @@ class ForcedOutcomes(Objective):
         self.inner.accept(index, delta)
 
 
+def run_points(optimizer, outcomes: ForcedOutcomes, points: int) -> None:
+    """Steps until this many more trial points are decided, over the ends of polls."""
+    stop = outcomes.position + points
+    while outcomes.position < stop:
+        optimizer.max_evaluations = stop - outcomes.position
+        optimizer.step(outcomes)
+
+
 def agreement(objective: Objective, exact: Objective, count: int = 96) -> float:
     """The largest relative error of ``count`` losses against the float64 serial ones."""
     index, delta = poll_block(objective.flat, 0, count)
