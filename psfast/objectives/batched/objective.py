@@ -24,6 +24,7 @@ from psfast.objectives.batched.workspace import checked_workspace
 
 _CACHED = 1 << 20  # bytes that a value of a chunk takes on average, on CPU: more misses the cache
 _LARGEST_CHUNK = 4096
+_SPARSE_CACHED = 16 << 20  # the same of all values of the sparse part together
 _TEMPORARY = 4  # as often its values' bytes the sparse part takes on the way
 _FEW = 16  # trial points that are sorted sooner in Python than by tensor operations
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -292,6 +293,8 @@ class BatchedObjective(Objective):
             return
         self._evaluator.prepare(plan)
         most = self.workspace // max(_TEMPORARY * plan.sparse_bytes, 1)
+        if self.device.type == "cpu":
+            most = min(most, max(self._most(plan), _SPARSE_CACHED // max(plan.sparse_bytes, 1)))
         step = min(max(1, most), _LARGEST_CHUNK)
         for start in range(0, len(at), step):
             chunk = slice(start, start + step)

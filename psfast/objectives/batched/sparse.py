@@ -163,7 +163,44 @@ def _reshape_column(node: Node, x: Column, dim: int):
             shape[d] = 1
             new = x.new.reshape(len(x.at), *shape)
             return Column(node.value, d - len(shape), x.at, new)
+        if math.prod(shape[:d]) == before and length > size > 1:
+            return _column_of_a_part(node, x, d)
     return NotImplemented
+
+
+def _column_of_a_part(node: Node, x: Column, dim: int):
+    """The dimension is cut in two, at ``dim`` and the next: heads, say, and what is in a head.
+
+    Then one whole part, which has the changed column, is the column from here on.
+    """
+    value = node.value
+    width = math.prod(value.shape[dim + 1 :])
+    if width * value.shape[dim] != x.base.shape[x.dim] or dim + 2 != value.ndim:
+        return NotImplemented
+    at = torch.div(x.at, width, rounding_mode="floor")
+    new = columns(value, dim - value.ndim, at).contiguous()
+    inner = (x.at % width).view(-1, *[1] * value.ndim).expand(*new.shape[:-1], 1)
+    new.scatter_(-1, inner, x.new.reshape(inner.shape))
+    return Column(value, dim - value.ndim, at, new)
+
+
+@light(
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+)
+def _attention(node: Node, q, k, v, *args, **kwargs):
+    """One head of a trial point changes: attention of that head alone."""
+    heads = [x for x in (q, k, v) if isinstance(x, Column)]
+    if not heads or any(x.dim != -3 or x.at is not heads[0].at for x in heads):
+        return NotImplemented
+    if not _is_base(*(x for x in (q, k, v) if x not in heads), *args, *kwargs.values()):
+        return NotImplemented
+    taken = [_take(x, heads[0]) for x in (q, k, v)]
+    out = dense._attention(node, len(heads[0].at), *taken, *args, **kwargs)
+    if out is NotImplemented:
+        return NotImplemented
+    return (Column(node.value[0], -3, heads[0].at, out[0]), *[None] * 8)
 
 
 def _split_column(node: Node, x: Column, dim: int, args):
