@@ -13,7 +13,7 @@ from torch import Tensor
 
 import psfast
 from psfast.objectives.base import Objective
-from psfast.search import coordinates, derive_seed, poll_order
+from psfast.search import coordinates, poll_order
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {
@@ -111,9 +111,12 @@ def failing_reference_poll(model, loss, count: int):
     return run
 
 
+_UNIFORM = torch.rand(1 << 16, generator=torch.Generator().manual_seed(1)).tolist()
+
+
 def forced(position: int, probability: float) -> bool:
     """Whether trial point ``position`` of a run improves: fixed, and with ``probability``."""
-    return derive_seed(1, position) < probability * 2**62
+    return _UNIFORM[position % len(_UNIFORM)] < probability
 
 
 # Blocks of up to so many trial points stop at the first one that improves.
@@ -138,16 +141,15 @@ class ForcedOutcomes(Objective):
         return torch.tensor(self.level, dtype=torch.float64)
 
     def losses(self, index, delta, *, stop_below=None) -> Tensor:
-        outcomes = [False] * len(index)
-        if self.probability:
-            outcomes = [forced(self.position + k, self.probability) for k in range(len(index))]
+        outcomes = [forced(self.position + k, self.probability) for k in range(len(index))]
         stops = len(index) <= _STOPPING.get(self.inner.backend, 0)
         if stop_below is not None and stops and any(outcomes):
             outcomes = outcomes[: outcomes.index(True) + 1]
         count = len(outcomes)
         self.inner.losses(index[:count], delta[:count])
         self.position += outcomes.index(True) + 1 if any(outcomes) else count
-        return torch.where(torch.tensor(outcomes), self.level - 1.0, self.level + 1.0).double()
+        losses = [self.level - 1.0 if lower else self.level + 1.0 for lower in outcomes]
+        return torch.tensor(losses, dtype=torch.float64)
 
     def accept(self, index, delta) -> None:
         self.level -= 1.0

@@ -128,12 +128,9 @@ class Incumbent:
 
     def bring_up_to_date(self, needs: Iterable[int] | None = None) -> None:
         """Run the stale ones of these segments (default: all), of which each reads earlier ones."""
-        if not self._stale:
-            return
-        for s in range(len(self.segments)) if needs is None else needs:
-            if s in self._stale:
-                self._run(s)
-                self._stale.discard(s)
+        for s in sorted(self._stale if needs is None else self._stale.intersection(needs)):
+            self._run(s)
+            self._stale.discard(s)
 
     def _run(self, s: int) -> None:
         nodes = self.segments[s]
@@ -157,8 +154,7 @@ class Incumbent:
         """
         program = programs.get(key, 0)
         if isinstance(program, Program):
-            if self._stale:
-                self.bring_up_to_date(program.needs)
+            self.bring_up_to_date(program.needs)
             return program.run(*inputs)
         self.bring_up_to_date()
         self._note_use(programs, key, function, inputs, ())
@@ -175,13 +171,13 @@ class Incumbent:
             except Unrecordable:
                 programs[key] = _RECORD_AT + 1  # for good
 
-    def _needs(self, numbers: set[int]) -> list[int]:
-        """The segments that these nodes' values come from, in running order."""
+    def _needs(self, numbers: set[int]) -> frozenset[int]:
+        """The segments that these nodes' values come from."""
         needs = {self._segment_of[i] for i in numbers if i in self._segment_of}
         for s in reversed(range(len(self.segments))):
             if s in needs:
                 needs |= self._reads[s]
-        return sorted(needs)
+        return frozenset(needs)
 
     # --- the values -----------------------------------------------------------------------
 

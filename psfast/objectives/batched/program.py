@@ -31,7 +31,7 @@ class Program:
     def __init__(self, run: Callable, reads: set[int]):
         self.run = run
         self.reads = reads
-        self.needs: list[int] = []
+        self.needs: frozenset[int] = frozenset()
 
 
 class Unrecordable(Exception):
