@@ -9,6 +9,7 @@ from psfast.objectives.batched import dense, sparse
 from psfast.objectives.batched.incumbent import Incumbent, has_bits
 from psfast.objectives.batched.plan import Plan
 from psfast.objectives.batched.rows import keep_counted_rows
+from psfast.objectives.batched.sparse_layers import HEAVY
 from psfast.objectives.batched.trace import Graph, Node
 from psfast.objectives.batched.values import Batch, Column, OneHot
 
@@ -147,7 +148,7 @@ class Evaluator:
                 return None
             return out[index] if isinstance(out[index], Column) else Batch(out[index])
         args, kwargs = self.incumbent.arguments(node, env)
-        rule = sparse.HEAVY.get(node.op)
+        rule = HEAVY.get(node.op)
         if rule is not None:
             out = rule(node, K, *args, **kwargs)
             if out is not NotImplemented:
