@@ -18,6 +18,7 @@ from psfast.objectives.batched.trace import (
     composite_state,
     plain_loss,
     refuse_autocast,
+    signature,
     trace,
 )
 from psfast.objectives.batched.workspace import checked_workspace
@@ -181,11 +182,8 @@ class BatchedObjective(Objective):
 
     def _signature(self) -> tuple:
         """What a trace holds for: the batch's structure, and which modules train."""
-        leaves, spec = pytree.tree_flatten((self.inputs, self.targets))
-        kinds = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves]
-        modules = self.model.modules()
         buffer = self.flat.buffer
-        return spec, kinds, [m.training for m in modules], buffer.dtype, buffer.device
+        return *signature(self.model, self.inputs, self.targets), buffer.dtype, buffer.device
 
     def _verify(self) -> None:
         """Raise ValueError unless the graph has the model's loss, here and at another point."""

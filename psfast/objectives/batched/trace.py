@@ -170,6 +170,15 @@ def composite_state(model: nn.Module, criterion: Callable) -> tuple[dict, dict]:
     return dict(loss.named_parameters()), dict(loss.named_buffers())
 
 
+def signature(model: nn.Module, inputs, targets) -> tuple:
+    """What is found out about a batch holds for: its structure, and which modules train."""
+    leaves, spec = pytree.tree_flatten((inputs, targets))
+    kinds = [
+        (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves
+    ]
+    return spec, kinds, [m.training for m in model.modules()]
+
+
 def refuse_autocast(device: torch.device) -> None:
     """Raise ValueError where autocast is on: it would cast inside our own operations too."""
     if torch.is_autocast_enabled(device.type):

@@ -9,7 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from psfast.flat import trainable
 from psfast.objectives.base import Objective, check_block
-from psfast.objectives.batched.trace import composite, plain_kernels, refuse_autocast, seeded
+from psfast.objectives.batched.trace import (
+    composite,
+    plain_kernels,
+    refuse_autocast,
+    seeded,
+    signature,
+)
 from psfast.objectives.batched.workspace import checked_workspace
 
 _LARGEST_CHUNK = 64
@@ -107,7 +113,8 @@ class VmapObjective(Objective):
         self.inputs, self.targets = inputs, targets
         self.seed = self.seed if seed is None else seed
         self._incumbent = None
-        self._verify()
+        if signature(self._composite, inputs, targets) != self._verified_for:
+            self._verify()
 
     # --- evaluation -----------------------------------------------------------------------
 
@@ -142,6 +149,7 @@ class VmapObjective(Objective):
     @torch.no_grad()
     def _verify(self) -> None:
         refuse_autocast(self.flat.buffer.device)
+        self._verified_for = signature(self._composite, self.inputs, self.targets)
         with _Allocations() as one:
             plain = self._plain()
         if plain.ndim:
