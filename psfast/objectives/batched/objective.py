@@ -27,6 +27,7 @@ _CACHED = 1 << 20  # bytes that a value of a chunk takes on average, on CPU: mor
 _LARGEST_CHUNK = 4096
 _SPARSE_CACHED = 16 << 20  # the same of all values of the sparse part together
 _TEMPORARY = 4  # as often its values' bytes the sparse part takes on the way
+_SMALL_GROUP = 32  # trial points of one tensor that are worth a program of their own
 _FEW = 16  # trial points that are sorted sooner in Python than by tensor operations
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
@@ -287,7 +288,9 @@ class BatchedObjective(Objective):
 
     def _group(self, plan: Plan, at: Tensor, delta: Tensor, which: Tensor, losses: Tensor) -> None:
         """Write the losses of the trial points of one tensor to their places ``which``."""
-        if not plan.nodes:
+        if not plan.nodes or (
+            len(at) <= _SMALL_GROUP and self._padded(plan, at, delta, which, losses)
+        ):
             return
         self._evaluator.prepare(plan)
         most = self.workspace // max(_TEMPORARY * plan.sparse_bytes, 1)
@@ -305,6 +308,21 @@ class BatchedObjective(Objective):
                     memo: dict = {}
                     env = {i: value.select(moved, memo) for i, value in env.items()}
                 losses[which[chunk][moved]] = self._heavy(plan, env, len(moved)).to(losses.dtype)
+
+    def _padded(self, plan: Plan, at: Tensor, delta: Tensor, which: Tensor, losses: Tensor) -> bool:
+        """The same for a group that one chunk holds; whether there was memory for it."""
+        size = self._chunk_size(plan, len(at))
+        if size < len(at):
+            return False
+        filled = torch.arange(size, device=self.device).clamp_(max=len(at) - 1)
+        try:
+            found = self._evaluator.few(plan, at[filled], delta[filled])
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            self._halve(plan, error)
+            return False
+        if found is not None:
+            losses[which] = found[: len(at)].to(losses.dtype)
+        return True
 
     def _heavy(self, plan: Plan, env: dict, count: int) -> Tensor:
         parts, start = [], 0
