@@ -13,6 +13,8 @@ from psfast.objectives.batched.sparse_layers import HEAVY
 from psfast.objectives.batched.trace import Graph, Node
 from psfast.objectives.batched.values import Batch, Column, OneHot
 
+_MOST_ROWS_SEEN = 16  # numbers of counted rows that are told apart before all are forgotten
+
 
 class Evaluator:
     """The losses of trial points of ``incumbent``; ``plans`` has what runs, by tensor.
@@ -26,6 +28,7 @@ class Evaluator:
         graph.mark(params)
         self.incumbent = Incumbent(graph, params)
         self.graph = graph
+        self._rows_seen: set[int | None] = set()
         live = {graph.loss}
         for node in reversed(graph.nodes):
             if node.number in live:
@@ -36,7 +39,9 @@ class Evaluator:
     def draw(self, tensors: list[Tensor], seed: int, device) -> bool:
         """Take a new batch. Returns whether the shapes are others than they were."""
         has_other_shapes = self.incumbent.draw(tensors, seed, device)
-        if has_other_shapes:
+        self._rows_seen.add(self.incumbent.rows)
+        if len(self._rows_seen) > _MOST_ROWS_SEEN:  # there is a program for each, of each tensor
+            self._rows_seen = {self.incumbent.rows}
             self.forget()
         return has_other_shapes
 
@@ -83,7 +88,9 @@ class Evaluator:
             env = self.sparse_part(plan, at, delta)
             return [self.changes(env), *_tensors(env)]
 
-        changes, *tensors = self.incumbent.replay(plan.programs, ("light", K), start, [at, delta])
+        changes, *tensors = self.incumbent.replay(
+            plan.programs, ("light", K, self.incumbent.rows), start, [at, delta]
+        )
         if True not in changes.tolist():
             return None
         return self._losses(plan, tensors, K)
@@ -122,7 +129,7 @@ class Evaluator:
         def run(*tensors):
             return self._run(plan, plan.sparse_values(self.graph.nodes, tensors), K)
 
-        return self.incumbent.replay(plan.programs, ("heavy", K), run, tensors)
+        return self.incumbent.replay(plan.programs, ("heavy", K, self.incumbent.rows), run, tensors)
 
     def _run(self, plan: Plan, env: dict, K: int, check: bool = False) -> Tensor:
         env = dict(env)
@@ -135,7 +142,7 @@ class Evaluator:
             for i in plan.last_use.get(node.number, ()):
                 env.pop(i, None)
         if check:
-            plan.sizes[K] = bool(same)
+            plan.sizes[K, self.incumbent.rows] = bool(same)
         loss = env.get(self.graph.loss)
         return loss.dense() if loss is not None else self.incumbent.loss.expand(K)
 

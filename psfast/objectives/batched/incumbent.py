@@ -106,8 +106,10 @@ class Incumbent:
         for node in nodes:
             node.batch_memo.clear()
         self.touch(None)
-        before = self.rows
+        before, had_one = self.rows, self.rows == 1
         self.rows = None if self.graph.rows is None else len(nodes[self.graph.rows].value)
+        if before != self.rows and (had_one or self.rows == 1):
+            self.alone = None  # a product of one row is what may differ
         return before != self.rows
 
     def forget(self) -> None:
@@ -134,7 +136,7 @@ class Incumbent:
 
     def _run(self, s: int) -> None:
         nodes = self.segments[s]
-        key = (s, self.copies)
+        key = (s, self.rows, self.copies)
         program = self._programs.get(key, 0)
         if isinstance(program, Program):
             program.run()

@@ -377,13 +377,14 @@ class BatchedObjective(Objective):
 
     def _is_steady(self, plan: Plan, size: int) -> bool:
         """Whether chunks of this size give the incumbent, everywhere, the incumbent's bits."""
-        if size not in plan.sizes:
+        key = size, self._incumbent.rows
+        if key not in plan.sizes:
             at = torch.arange(size, device=self.device) % self.params[plan.number].numel()
             zero = torch.zeros(size, dtype=self.flat.buffer.dtype, device=self.device)
             self._incumbent.bring_up_to_date()
             env = self._evaluator.sparse_part(plan, at, zero)
             self._evaluator.losses(plan, env, size, check=True)
-        return plan.sizes[size]
+        return plan.sizes[key]
 
     def _halve(self, plan: Plan, error: Exception) -> None:
         most = self._most(plan)

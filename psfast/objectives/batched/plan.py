@@ -20,7 +20,7 @@ class Plan:
     layout: of the sparse values that the heavy ones read: number, dim (None: a ``OneHot``),
         whether a ``OneHot`` is whole, and the places of its two tensors
     spare: number of a node -> the place of an argument that it may overwrite
-    sizes: chunk size -> whether its bits are those of every other size
+    sizes: (chunk size, counted rows) -> whether its bits are those of every other size
     programs: what is recorded (``Incumbent.replay``)
     """
 
@@ -34,11 +34,11 @@ class Plan:
         self.layout: list[tuple] = []
         self.last_use: dict[int, list[int]] = {}
         self.spare: dict[int, int] = {}
-        self.sizes: dict[int, bool] = {}
+        self.sizes: dict[tuple, bool] = {}
         self.programs: dict[tuple, Program | int] = {}
 
     def forget(self) -> None:
-        """The shapes have changed: what was found for the old ones does not hold."""
+        """What was found out about bits, and what is recorded, does not hold any more."""
         self.sizes.clear()
         self.programs.clear()
 
