@@ -271,6 +271,32 @@ def test_accept_refreshes_the_incumbent(name):
         )
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_brought_up_to_date_has_the_bits_of_what_is_new(name):
+    """Also where it runs as programs, after some uses: a resumed run goes on bit for bit."""
+    arguments = build(name, torch.float32)
+    f = BatchedObjective(*arguments)
+    index, delta = some_points(f, 4)
+    for k in range(len(index)):
+        f.losses(index[k : k + 1], delta[k : k + 1])  # brings up to date only what it reads
+        f.accept(index[k : k + 1], 0.1 * delta[k : k + 1])
+        if k % 8 == 7:
+            fresh = BatchedObjective(*arguments)
+            assert torch.equal(f.losses(index[:3], delta[:3]), fresh.losses(index[:3], delta[:3]))
+            assert torch.equal(f.losses(index, delta), fresh.losses(index, delta))
+            assert torch.equal(f(), fresh())
+
+
+def test_a_block_of_a_few_may_stop_at_an_improvement():
+    f = BatchedObjective(*build("mlp"))
+    index, delta = some_points(f, 2)
+    losses = f.losses(index, delta)
+    bound = losses[3].item() + 1e-9
+    first = (losses < bound).nonzero()[0].item()
+    assert torch.equal(f.losses(index, delta, stop_below=bound), losses[: first + 1])
+    assert torch.equal(f.losses(index, delta, stop_below=losses.min().item()), losses)
+
+
 def test_changes_by_others_are_seen():
     arguments = build("cnn")
     f, brute = BatchedObjective(*arguments), SerialModelObjective(*arguments)
