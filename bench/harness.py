@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import math
 import platform
 import subprocess
 import time
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import psfast
 from psfast.objectives.base import Objective
-from psfast.search import coordinates, derive_seed, poll_order
+from psfast.search import coordinates, poll_order
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {
@@ -110,12 +111,16 @@ def failing_reference_poll(model, loss, count: int):
     return run
 
 
+_UNIFORM = torch.rand(1 << 16, generator=torch.Generator().manual_seed(1)).tolist()
+
+
 def forced(position: int, probability: float) -> bool:
     """Whether trial point ``position`` of a run improves: fixed, and with ``probability``."""
-    return derive_seed(1, position) < probability * 2**62
+    return _UNIFORM[position % len(_UNIFORM)] < probability
 
 
-_PERIOD = 1 << 16  # of the forced outcomes
+# Blocks of up to so many trial points stop at the first one that improves.
+_STOPPING = {"serial": math.inf, "batched": 16}
 
 
 class ForcedOutcomes(Objective):
@@ -131,15 +136,14 @@ class ForcedOutcomes(Objective):
         super().__init__(inner.params)
         self.inner, self.probability = inner, probability
         self.position, self.level = 0, 0.0
-        # Known beforehand, as they are to ``serial_accepts``: finding them is not timed.
-        self.known = [probability > 0 and forced(k, probability) for k in range(_PERIOD)]
 
     def __call__(self) -> Tensor:
         return torch.tensor(self.level, dtype=torch.float64)
 
     def losses(self, index, delta, *, stop_below=None) -> Tensor:
-        outcomes = [self.known[(self.position + k) % _PERIOD] for k in range(len(index))]
-        if stop_below is not None and self.inner.backend == "serial" and any(outcomes):
+        outcomes = [forced(self.position + k, self.probability) for k in range(len(index))]
+        stops = len(index) <= _STOPPING.get(self.inner.backend, 0)
+        if stop_below is not None and stops and any(outcomes):
             outcomes = outcomes[: outcomes.index(True) + 1]
         count = len(outcomes)
         self.inner.losses(index[:count], delta[:count])
@@ -150,6 +154,14 @@ class ForcedOutcomes(Objective):
     def accept(self, index, delta) -> None:
         self.level -= 1.0
         self.inner.accept(index, delta)
+
+
+def run_points(optimizer, outcomes: ForcedOutcomes, points: int) -> None:
+    """Steps until this many more trial points are decided, over the ends of polls."""
+    stop = outcomes.position + points
+    while outcomes.position < stop:
+        optimizer.max_evaluations = stop - outcomes.position
+        optimizer.step(outcomes)
 
 
 def agreement(objective: Objective, exact: Objective, count: int = 96) -> float:

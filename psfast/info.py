@@ -81,6 +81,7 @@ def _graph() -> tuple[bool, str]:
 _BACKENDS: dict[str, Callable[[], tuple[bool, str]]] = {
     "serial": _always,
     "batched": _always,
+    "vmap": _always,
     "graph": _graph,
     "fused (CPU)": _fused_cpu,
     "fused (CUDA)": _fused_cuda,

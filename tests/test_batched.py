@@ -1,14 +1,17 @@
 """The batched objective against brute force, and what every objective promises."""
 
 import warnings
+import weakref
 
 import pytest
 import torch
-from torch import nn
+from torch import is_tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import psfast
 from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
-from psfast.objectives.batched import BatchedObjective
+from psfast.objectives.batched import BatchedObjective, VmapObjective
 from psfast.objectives.serial import SerialModelObjective
 
 
@@ -268,6 +271,32 @@ def test_accept_refreshes_the_incumbent(name):
         )
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_brought_up_to_date_has_the_bits_of_what_is_new(name):
+    """Also where it runs as programs, after some uses: a resumed run goes on bit for bit."""
+    arguments = build(name, torch.float32)
+    f = BatchedObjective(*arguments)
+    index, delta = some_points(f, 4)
+    for k in range(len(index)):
+        f.losses(index[k : k + 1], delta[k : k + 1])  # brings up to date only what it reads
+        f.accept(index[k : k + 1], 0.1 * delta[k : k + 1])
+        if k % 8 == 7:
+            fresh = BatchedObjective(*arguments)
+            assert torch.equal(f.losses(index[:3], delta[:3]), fresh.losses(index[:3], delta[:3]))
+            assert torch.equal(f.losses(index, delta), fresh.losses(index, delta))
+            assert torch.equal(f(), fresh())
+
+
+def test_a_block_of_a_few_may_stop_at_an_improvement():
+    f = BatchedObjective(*build("mlp"))
+    index, delta = some_points(f, 2)
+    losses = f.losses(index, delta)
+    bound = losses[3].item() + 1e-9
+    first = (losses < bound).nonzero()[0].item()
+    assert torch.equal(f.losses(index, delta, stop_below=bound), losses[: first + 1])
+    assert torch.equal(f.losses(index, delta, stop_below=losses.min().item()), losses)
+
+
 def test_changes_by_others_are_seen():
     arguments = build("cnn")
     f, brute = BatchedObjective(*arguments), SerialModelObjective(*arguments)
@@ -336,6 +365,98 @@ def test_what_depends_on_values_is_refused(how):
         BatchedObjective(Reads(how), nn.MSELoss(), x, y)
 
 
+class ByBatch(nn.Module):
+    """Control flow that depends on the batch alone: a trace would hold for one branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.drop = nn.Dropout(0.3)
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x)) if x.sum() > 0 else torch.relu(self.first(x))
+        return self.second(self.drop(h))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_cannot_be_traced_goes_through_vmap(dtype):
+    model = ByBatch().to(dtype)
+    inputs, targets = torch.randn(4, 5, dtype=dtype), classes(4)
+    f = psfast.objective(model, nn.CrossEntropyLoss(), inputs, targets)
+    assert f.backend == "vmap"
+    assert "cannot be traced" in f.why_not["batched"]
+    brute = SerialModelObjective(model, nn.CrossEntropyLoss(), inputs, targets)
+    close = {"rtol": 1e-9 if dtype is torch.float64 else 1e-5, "atol": 0}
+    for sign in (1, -1):  # both branches
+        f.set_batch(sign * inputs, targets)
+        brute.set_batch(sign * inputs, targets)
+        index, delta = some_points(f, 9)
+        together = f.losses(index, delta)
+        torch.testing.assert_close(together.double(), brute.losses(index, delta), **close)
+        assert torch.equal(f.losses(index, delta * 0), f().expand(len(index)))
+        for size in (1, 5):
+            blocks = zip(index.split(size), delta.split(size), strict=True)
+            assert torch.equal(torch.cat([f.losses(i, d) for i, d in blocks]), together)
+        f.accept(index[:1], delta[:1])
+        torch.testing.assert_close(f().double(), brute(), **close)
+
+
+def test_what_neither_trace_nor_vmap_can_do_is_serial():
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    f = psfast.objective(Reads("branch"), nn.MSELoss(), x, y)
+    assert f.backend == "serial"
+    assert "vmap fails" in f.why_not["vmap"]
+
+
+@pytest.mark.parametrize("how", ["branch", "parameter's item", "numpy", "shape", "draws"])
+def test_what_vmap_would_get_wrong_is_refused(how):
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    with pytest.raises(ValueError):
+        VmapObjective(Reads(how), nn.MSELoss(), x, y)
+
+
+def test_a_parameter_read_behind_the_modules_back_is_refused():
+    class Hidden(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+            self.alias = [self.linear.weight]
+
+        def forward(self, x):
+            return self.linear(x) + x @ self.alias[0].t()
+
+    with pytest.raises(ValueError, match="does not reproduce the model"):
+        VmapObjective(Hidden(), nn.MSELoss(), torch.randn(4, 3), torch.randn(4, 2))
+
+
+def test_autocast_is_refused():
+    arguments = build("mlp", torch.float32)
+    f = BatchedObjective(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        for backend in ("batched", "vmap"):
+            with pytest.raises(ValueError, match="autocast is on"):
+                psfast.objective(*arguments, backend=backend)
+        with pytest.raises(ValueError, match="autocast is on"):
+            f.losses(*some_points(f, 1))
+
+
+@pytest.mark.parametrize("name", ["mlp", "decoder", "gru", "cnn"])
+def test_bits_hold_for_another_number_of_threads(name):
+    f = BatchedObjective(*build(name, torch.float32))
+    index, delta = some_points(f, 7)
+    f.losses(index, delta)
+    threads = torch.get_num_threads()
+    try:
+        for count in (3, 2):
+            torch.set_num_threads(count)
+            together = f.losses(index, delta)
+            parts = [f.losses(i, d) for i, d in zip(index.split(3), delta.split(3), strict=True)]
+            assert torch.equal(torch.cat(parts), together)
+            assert torch.equal(f.losses(index, delta * 0), f().expand(len(index)))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_state_of_its_own_is_refused():
     class Counts(nn.Module):
         def __init__(self):
@@ -399,6 +520,47 @@ def test_the_workspace_bounds_the_chunk():
     for plan in small._evaluator.plans:
         alive, _ = plan.footprint(small._evaluator.graph.nodes)
         assert small._most(plan) * alive <= 100_000 or small._most(plan) == 2
+
+
+class LiveBytes(TorchDispatchMode):
+    """peak: the most bytes that results of operations within were alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live: dict[int, tuple[int, int]] = {}  # address -> (views, bytes)
+        self.peak = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        known = {
+            a.untyped_storage().data_ptr() for a in tree_leaves((args, kwargs)) if is_tensor(a)
+        }
+        for tensor in filter(is_tensor, tree_leaves(out)):
+            storage = tensor.untyped_storage()
+            address = storage.data_ptr()
+            if address in known and address not in self.live:
+                continue  # a view of what was there before
+            views, _ = self.live.get(address, (0, 0))
+            self.live[address] = views + 1, storage.nbytes()
+            weakref.finalize(tensor, self.end, address)
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return out
+
+    def end(self, address):
+        views, size = self.live.pop(address, (0, 0))
+        if views > 1:
+            self.live[address] = views - 1, size
+
+
+@pytest.mark.parametrize("name", ["mlp", "decoder", "gru", "cnn"])
+def test_memory_stays_within_the_workspace(name):
+    f = BatchedObjective(*build(name), workspace=200_000)
+    index, delta = some_points(f, 1000)
+    expected = f.losses(index, delta)
+    with LiveBytes() as memory:
+        assert torch.equal(f.losses(index, delta), expected)
+    own = 8 * (8 * len(index) + 2 * f.flat.size)  # the block's own index, order, steps, losses
+    assert 0 < memory.peak <= 200_000 + own
 
 
 def test_bad_arguments():

@@ -117,7 +117,7 @@ class Branching(nn.Module):
 def test_auto_falls_back_to_serial_with_every_reason():
     x = torch.ones(2, 3, dtype=torch.float64)
     f = psfast.objective(Branching(), F.mse_loss, x, 0 * x)
-    assert f.backend == "serial" and set(f.why_not) == {"fused", "batched", "graph"}
+    assert f.backend == "serial" and set(f.why_not) == {"fused", "batched", "vmap", "graph"}
     optimizer = psfast.PatternSearch(f.params, radius=0.25)
     for _ in range(20):
         loss = optimizer.step(f)

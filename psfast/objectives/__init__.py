@@ -14,12 +14,14 @@ _CLASSES = {
     "cpu": {
         "fused": ("fused", "FusedObjective"),
         "batched": ("batched", "BatchedObjective"),
+        "vmap": ("batched", "VmapObjective"),
         "graph": ("graph", "GraphModelObjective"),
         "serial": ("serial", "SerialModelObjective"),
     },
     "cuda": {
         "fused": ("fused_cuda", "FusedCudaObjective"),
         "batched": ("batched", "BatchedObjective"),
+        "vmap": ("batched", "VmapObjective"),
         "graph": ("graph", "GraphModelObjective"),
         "serial": ("serial", "SerialModelObjective"),
     },
@@ -42,9 +44,9 @@ def objective(
 
     params: the parameters that are searched; default: the model's trainable ones, tied ones
         once. Pass the optimizer's if it has only some of them.
-    backend: "fused", "batched", "graph" or "serial"; raises ValueError with the reason if it
-        cannot serve. "auto" takes the first of these that can, and ``why_not`` keeps the
-        reason of each one before it.
+    backend: "fused", "batched", "vmap", "graph" or "serial"; raises ValueError with the reason
+        if it cannot serve. "auto" takes the first of these that can, and ``why_not`` keeps
+        the reason of each one before it.
     seed: of the dropout mask that all trial points share
     options: of a backend named explicitly, such as ``workspace`` (bytes) for "batched"
 

@@ -13,7 +13,7 @@ class Objective:
 
     params: the parameters that ``index`` counts through, in order
     flat: their one buffer
-    backend: how blocks are evaluated: "serial", "graph", "batched" or "fused"
+    backend: how blocks are evaluated: "serial", "graph", "vmap", "batched" or "fused"
     why_not: backend -> the reason it does not serve here
 
     A backend implements ``__call__``, ``losses``, ``loss_at`` and ``accept``. None of the
@@ -36,9 +36,9 @@ class Objective:
 
         index: (K,) int64 in [0, N); delta: (K,) -> losses: (K,), in the loss's dtype
 
-        stop_below: a backend that evaluates one trial point after another may stop at the
-        first loss below this; it returns the losses it has, so K' <= K of them. The others
-        ignore it.
+        stop_below: a backend that evaluates one trial point, or a few, after another may stop
+        at the first loss below this; it returns the losses of the K' <= K trial points up to
+        that one. The others ignore it.
         """
         raise NotImplementedError
 

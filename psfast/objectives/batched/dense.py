@@ -30,12 +30,47 @@ def run(node: Node, args: list, kwargs: dict, K: int):
     """args, kwargs: the op's, with ``Batch`` for what is stacked and tensors for what is not."""
     function = RULES.get(node.op)
     if function is None and torch.Tag.pointwise in getattr(node.op, "tags", ()):
-        function = _pointwise
+        function = pointwise
     if function is not None:
         out = function(node, K, *args, **kwargs)
         if out is not NotImplemented:
             return out
     return _vmap(node, args, kwargs)
+
+
+def plain(node: Node):
+    """The function that does for one value what the rule does for one stacked; None if none does.
+
+    For weights that are the same for all, as they are at the incumbent.
+    """
+    op = node.op
+    if op in _RESHAPES:
+        return torch.reshape
+    if op in _PLAIN:
+        return op
+    if op is aten.mm.default:
+        return op if weight_like(node, 1) and not weight_like(node, 0) else None
+    if op is aten.addmm.default:
+        is_linear = weight_like(node, 2) and weight_like(node, 0) and not weight_like(node, 1)
+        return op if is_linear and not node.kwargs else None
+    if torch.Tag.pointwise not in getattr(op, "tags", ()) or op in RULES:
+        return None
+    return op if op not in STEADY or _has_no_tail(node.value) else None
+
+
+_PLAIN = {
+    aten.transpose.int, aten.t.default, aten.permute.default, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.expand.default, aten.clone.default, aten.detach.default,
+    aten.slice.Tensor, aten.select.int, aten.index_select.default, aten.split.Tensor,
+    aten.split_with_sizes.default, aten.unbind.int, aten.cat.default, aten.stack.default,
+    aten.embedding.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten.native_layer_norm.default, aten._log_softmax.default, aten._softmax.default,
+}  # fmt: skip
+
+
+def weight_like(node: Node, place: int) -> bool:
+    """Whether this argument is a weight: then even as the base it has no batch dimension."""
+    return place in node.shapes["weights"]
 
 
 IN_PLACE = {
@@ -106,7 +141,7 @@ def align(x, ndim: int):
     return t.view(t.shape[0], *[1] * missing, *t.shape[1:]) if missing else t
 
 
-def _pointwise(node: Node, K: int, *args, **kwargs):
+def pointwise(node: Node, K: int, *args, **kwargs):
     ndim = node.value.ndim
     if any(isinstance(a, (list, tuple)) for a in args):
         return NotImplemented
@@ -159,6 +194,8 @@ STEADY = {
 
 
 # --- views ----------------------------------------------------------------------------------
+
+_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
 def shift(dim: int) -> int:
@@ -233,11 +270,11 @@ def _index_select(node, K, x, dim, index):
     aten.unsafe_split_with_sizes.default, aten.unbind.int,
 )  # fmt: skip
 def _parts(node, K, x, *args):
-    *sizes, dim = args if _ends_with_dim(node, args) else (*args, 0)
+    *sizes, dim = args if ends_with_dim(node, args) else (*args, 0)
     return tuple(node.op(x.tensor, *sizes, shift(dim)))
 
 
-def _ends_with_dim(node: Node, args: tuple) -> bool:
+def ends_with_dim(node: Node, args: tuple) -> bool:
     return len(args) == (1 if node.op is aten.unbind.int else 2)
 
 
@@ -255,180 +292,3 @@ def _cat(node, K, tensors, dim=0):
 @rule(aten.stack.default)
 def _stack(node, K, tensors, dim=0):
     return torch.stack([stack(t, K) for t in tensors], shift(dim))
-
-
-# --- products -------------------------------------------------------------------------------
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x: (K, rows, in), weight: (in, out), bias: (out,) -> (K, rows, out), one product."""
-    K, rows, _ = x.shape
-    flat = x.reshape(K * rows, -1)
-    out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-    return out.view(K, rows, -1)
-
-
-@rule(aten.mm.default)
-def _mm(node, K, x, weight):
-    if isinstance(x, Batch) and not isinstance(weight, Batch) and weight_like(node, 1):
-        return product(x.tensor, weight)
-    if weight_like(node, 1) and node.value.shape[0] > 1:
-        return one_by_one(node, K, x, weight)
-    return torch.bmm(stack(x, K), stack(weight, K))
-
-
-@rule(aten.addmm.default)
-def _addmm(node, K, bias, x, weight, *, beta=1, alpha=1):
-    if beta != 1 or alpha != 1:
-        return NotImplemented
-    if isinstance(x, Batch) and not isinstance(weight, Batch) and weight_like(node, 2):
-        if not isinstance(bias, Batch) and bias.ndim == 1:
-            return product(x.tensor, weight, bias)
-        return product(x.tensor, weight) + align(bias, 2)
-    if weight_like(node, 2) and node.value.shape[0] > 1:
-        return one_by_one(node, K, bias, x, weight)
-    return torch.bmm(stack(x, K), stack(weight, K)) + align(bias, 2)
-
-
-def weight_like(node: Node, place: int) -> bool:
-    """Whether this argument is a weight: then even as the base it has no batch dimension."""
-    return place in node.shapes["weights"]
-
-
-@rule(aten.bmm.default)
-def _bmm(node, K, a, b):
-    a, b = stack(a, K), stack(b, K)
-    out = torch.bmm(a.reshape(-1, *a.shape[2:]), b.reshape(-1, *b.shape[2:]))
-    return out.view(K, -1, *out.shape[1:])
-
-
-@rule(
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-)
-def _attention(node, K, q, k, v, *args, **kwargs):
-    if any(isinstance(a, (Batch, Tensor)) for a in (*args, *kwargs.values())):
-        return NotImplemented
-    # not as a view: (K, B) merge for any layout of the heads that follow
-    q, k, v = (stack(x, K).flatten(0, 1) for x in (q, k, v))
-    out = node.op(q, k, v, *args, **kwargs)[0]
-    return (out.unflatten(0, (K, -1)), *[None] * 8)
-
-
-# --- what is first in N: images -----------------------------------------------------------------
-
-
-def images(x: Tensor) -> Tensor:
-    """(K, N, ...) -> (K N, ...)"""
-    return x.reshape(-1, *x.shape[2:])
-
-
-@rule(aten.convolution.default)
-def _convolution(node, K, x, weight, bias, *args):
-    if isinstance(weight, Batch) or isinstance(bias, Batch):
-        return one_by_one(node, K, x, weight, bias, *args)
-    if x.tensor.ndim != weight.ndim + 1:
-        return NotImplemented
-    out = node.op(images(x.tensor), weight, bias, *args)
-    return out.view(K, -1, *out.shape[1:])
-
-
-@rule(
-    aten.max_pool2d_with_indices.default, aten.avg_pool2d.default,
-    aten._adaptive_avg_pool2d.default,
-)  # fmt: skip
-def _pool(node, K, x, *args):
-    if x.tensor.ndim != 5:
-        return NotImplemented
-    out = node.op(images(x.tensor), *args)
-    if isinstance(out, tuple):
-        return (out[0].view(K, -1, *out[0].shape[1:]), None)
-    return out.view(K, -1, *out.shape[1:])
-
-
-# --- normalisation ------------------------------------------------------------------------------
-
-
-@rule(aten.native_layer_norm.default)
-def _layer_norm(node, K, x, shape, weight, bias, eps):
-    if isinstance(weight, Batch) or isinstance(bias, Batch):
-        out = node.op(stack(x, K), shape, None, None, eps)[0]
-        ndim = out.ndim - 1
-        out = out * align(weight, ndim) if weight is not None else out
-        out = out + align(bias, ndim) if bias is not None else out
-        return (out, None, None)
-    return (node.op(x.tensor, shape, weight, bias, eps)[0], None, None)
-
-
-@rule(aten.native_batch_norm.default)
-def _batch_norm(node, K, x, weight, bias, mean, var, training, momentum, eps):
-    weight, bias, mean, var = (
-        v.tensor if isinstance(v, Batch) else None if v is None else v.unsqueeze(0)
-        for v in (weight, bias, mean, var)
-    )
-    return (batch_norm(stack(x, K), weight, bias, mean, var, training, eps), None, None)
-
-
-def batch_norm(x: Tensor, weight, bias, mean, var, training: bool, eps: float) -> Tensor:
-    """x: (K, N, C, ...); the others (K or 1, C) or None -> as x
-
-    One channel of one trial point is one row of the sums: its bits depend on no other row.
-    """
-    shape = [-1, 1, x.shape[2], *[1] * (x.ndim - 3)]
-    if training or mean is None:
-        rows = x.transpose(1, 2).flatten(2).contiguous()
-        mean = rows.mean(2)
-        rows = rows - mean.unsqueeze(2)
-        var = rows.mul_(rows).mean(2)
-    scale = (var + eps).rsqrt_()
-    scale = scale if weight is None else scale * weight
-    out = (x - mean.view(shape)).mul_(scale.view(shape))
-    return out if bias is None else out.add_(bias.view(shape))
-
-
-for name in ("_native_batch_norm_legit_functional", "_batch_norm_with_update_functional"):
-    if hasattr(aten, name):
-        op = getattr(aten, name).default
-
-        def _functional(node, K, x, weight, bias, mean, var, *rest, op=op):
-            training, momentum, eps = rest if len(rest) == 3 else (True, *rest)
-            out = _batch_norm(node, K, x, weight, bias, mean, var, training, momentum, eps)
-            return (*out, None, None)
-
-        RULES[op] = _functional
-
-
-# --- the loss -----------------------------------------------------------------------------------
-
-
-@rule(aten._log_softmax.default, aten._softmax.default)
-def _log_softmax(node, K, x, dim, half_to_float):
-    return node.op(x.tensor, shift(dim), half_to_float)
-
-
-@rule(aten.nll_loss_forward.default)
-def _nll_loss(node, K, x, target, weight, reduction, ignore_index):
-    if isinstance(target, Batch) or isinstance(weight, Batch) or reduction == 0:
-        return NotImplemented
-    if x.tensor.ndim != 3 or not isinstance(x, Batch):
-        return NotImplemented
-    memo = node.memo
-    if "counted" not in memo:
-        counted = (target != ignore_index).nonzero().squeeze(1)
-        memo["counted"] = counted
-        memo["class"] = target[counted]
-        memo["weight"] = None if weight is None else weight[target[counted]]
-        memo["total"] = len(counted) if weight is None else memo["weight"].sum()
-    picked = x.tensor[:, memo["counted"], memo["class"]]
-    if weight is not None:
-        picked = picked * memo["weight"]
-    total = picked.neg().sum(1)
-    if reduction == 1:
-        total = total / memo["total"] if weight is not None else total.div_(_count(memo, total))
-    return (total, None)
-
-
-def _count(memo: dict, like: Tensor) -> Tensor:
-    return torch.full((), memo["total"], dtype=like.dtype, device=like.device)

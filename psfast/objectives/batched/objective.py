@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,23 @@ from torch.utils import _pytree as pytree
 
 from psfast.flat import trainable
 from psfast.objectives.base import Objective, check_block
-from psfast.objectives.batched.evaluate import COPIES, Evaluator, Plan
-from psfast.objectives.batched.trace import composite_state, plain_loss, trace
+from psfast.objectives.batched.evaluate import Evaluator
+from psfast.objectives.batched.incumbent import Incumbent
+from psfast.objectives.batched.plan import Plan
+from psfast.objectives.batched.trace import (
+    composite_state,
+    plain_loss,
+    refuse_autocast,
+    signature,
+    trace,
+)
+from psfast.objectives.batched.workspace import checked_workspace
 
-_SHARE = 4  # of the free memory, one part in so many is the default workspace
 _CACHED = 1 << 20  # bytes that a value of a chunk takes on average, on CPU: more misses the cache
 _LARGEST_CHUNK = 4096
+_SPARSE_CACHED = 16 << 20  # the same of all values of the sparse part together
+_TEMPORARY = 4  # as often its values' bytes the sparse part takes on the way
+_SMALL_GROUP = 32  # trial points of one tensor that are worth a program of their own
 _FEW = 16  # trial points that are sorted sooner in Python than by tensor operations
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
@@ -32,7 +44,7 @@ class BatchedObjective(Objective):
     of the same shapes; ``set_batch`` traces again for others.
 
     Raises ValueError, with the reason, for a model that cannot be traced or whose trace does
-    not reproduce it.
+    not reproduce it, and under autocast.
     """
 
     backend = "batched"
@@ -49,31 +61,31 @@ class BatchedObjective(Objective):
         workspace: int | None = None,
     ):
         super().__init__(trainable(model.parameters()) if params is None else params)
-        if workspace is not None and workspace < 1:
-            raise ValueError(f"workspace must be a number of bytes >= 1, got {workspace!r}")
         self.model, self.criterion, self.seed = model, criterion, seed
         self.inputs, self.targets = inputs, targets
         self.device = self.flat.buffer.device
-        self.workspace = _free_bytes(self.device) // _SHARE if workspace is None else workspace
+        self.workspace = checked_workspace(workspace, self.device)
         self._warned = set()
-        self._dirty: frozenset[int] | None = frozenset()
+        refuse_autocast(self.device)
         self._build()
 
     # --- what the search calls ------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        self._bring_up_to_date()
-        return self._evaluator.loss.clone()
+        self._follow()
+        return self._incumbent.loss.clone()
 
     @torch.no_grad()
     def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
         check_block(index, delta, self.flat.size)
-        self._bring_up_to_date()
+        self._follow()
         index = index.to(self.device)
+        if len(index) <= _FEW:
+            return self._losses_of_few(index, delta, stop_below)
         groups = self._by_tensor(index)
         delta = self._rounded(index, delta)
-        losses = self._evaluator.loss.repeat(len(index))
+        losses = self._incumbent.loss.repeat(len(index))
         for number, which in groups.items():
             plan = self._evaluator.plans[number]
             at = index[which] - self.flat.offsets[number]
@@ -83,22 +95,23 @@ class BatchedObjective(Objective):
     @torch.no_grad()
     def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
         check_block(index, delta, self.flat.size)
-        self._bring_up_to_date()
+        self._follow()
         index, delta = index.to(self.device), delta.to(self.device)
+        self._incumbent.bring_up_to_date()
         buffer = self.flat.buffer
         saved = buffer[index]
         try:
             buffer[index] = saved + delta.to(buffer.dtype)
-            return self._evaluator.loss_with(self._tensors_of(index)).clone()
+            return self._incumbent.loss_with(self._tensors_of(index)).clone()
         finally:
             buffer[index] = saved
 
     @torch.no_grad()
     def accept(self, index: Tensor, delta: Tensor) -> None:
         check_block(index, delta, self.flat.size)
-        self._bring_up_to_date()
+        self._follow()
         self.flat.add(index.to(self.device), delta.to(self.device))
-        self._dirty |= self._tensors_of(index)
+        self._incumbent.touch(self._tensors_of(index))
 
     @torch.no_grad()
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
@@ -119,33 +132,50 @@ class BatchedObjective(Objective):
         self._traced_for = self._signature()
         self._stops = torch.tensor(self.flat.offsets[1:], device=self.device)
         self._chunks: dict[int, int] = {}
+        self._few_sizes: dict[tuple[int, int], int] = {}
+        self._threads = torch.get_num_threads()
         self._take_batch()
-        self._bring_up_to_date()
+        self._follow()
         self._verify()
 
     def _take_batch(self) -> None:
         self._read_state()
-        rows = self._evaluator.rows
-        self._evaluator.draw(self._tensors(), self.seed, self.device)
-        if self._evaluator.rows != rows:
-            self._chunks.clear()
-        self._dirty = None
+        if self._evaluator.draw(self._tensors(), self.seed, self.device):
+            self._forget_sizes()
 
     def _read_state(self) -> None:
         params, buffers = composite_state(self.model, self.criterion)
         state = [*params.values(), *buffers.values()]
         self._buffers = list(buffers.values())
         self._versions = [b._version for b in self._buffers]
-        self._evaluator.read_state(state)
+        self._incumbent.read_state(state)
 
-    def _bring_up_to_date(self) -> None:
+    def _follow(self) -> None:
+        """See what others have changed: parameters, buffers, the number of threads."""
+        refuse_autocast(self.device)
         if self.flat.changed() or self._versions != [b._version for b in self._buffers]:
             if self._signature() != self._traced_for:  # moved, or of another dtype
                 self._build()
             self._take_batch()
-        if self._dirty is None or self._dirty:
-            self._evaluator.refresh(self._dirty)
-            self._dirty = frozenset()
+        if torch.get_num_threads() != self._threads:  # which bits are steady may depend on it
+            self._threads = torch.get_num_threads()
+            self._forget_sizes()
+            self._evaluator.forget()
+        if self._incumbent.alone is None:
+            alone = self._incumbent.has_bits_alone()
+            with self._another_point():
+                alone = alone and self._incumbent.has_bits_alone()
+            self._incumbent.alone = alone
+            self._incumbent.touch(None)
+            self._forget_sizes()
+
+    def _forget_sizes(self) -> None:
+        self._chunks.clear()
+        self._few_sizes.clear()
+
+    @property
+    def _incumbent(self) -> Incumbent:
+        return self._evaluator.incumbent
 
     def _tensors(self) -> list[Tensor]:
         leaves = pytree.tree_leaves((self.inputs, self.targets))
@@ -153,15 +183,18 @@ class BatchedObjective(Objective):
 
     def _signature(self) -> tuple:
         """What a trace holds for: the batch's structure, and which modules train."""
-        leaves, spec = pytree.tree_flatten((self.inputs, self.targets))
-        kinds = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves]
-        modules = self.model.modules()
         buffer = self.flat.buffer
-        return spec, kinds, [m.training for m in modules], buffer.dtype, buffer.device
+        return *signature(self.model, self.inputs, self.targets), buffer.dtype, buffer.device
 
     def _verify(self) -> None:
         """Raise ValueError unless the graph has the model's loss, here and at another point."""
         self._compare("the incumbent")
+        with self._another_point():
+            self._compare("another point")
+
+    @contextmanager
+    def _another_point(self):
+        """The incumbent moved a little, and back."""
         buffer = self.flat.buffer
         saved = buffer.clone()
         generator = torch.Generator(device=self.device).manual_seed(self.seed)
@@ -169,14 +202,14 @@ class BatchedObjective(Objective):
         step = torch.randn(buffer.shape, generator=generator, **kind)
         try:
             buffer.add_(step.mul_(0.05))
-            self._evaluator.refresh()
-            self._compare("another point")
+            self._incumbent.touch(None)
+            yield
         finally:
             buffer.copy_(saved)
-            self._evaluator.refresh()
+            self._incumbent.touch(None)
 
     def _compare(self, where: str) -> None:
-        got = self._evaluator.loss
+        got = self._incumbent.loss
         args = (self.model, self.criterion, self.inputs, self.targets, self.seed)
         expected = plain_loss(*args)
         if expected.ndim or got.ndim:
@@ -195,19 +228,16 @@ class BatchedObjective(Objective):
 
     def _rounded(self, index: Tensor, delta: Tensor) -> Tensor:
         """The changes that the trial values, rounded as the parameters are, amount to."""
-        value = self.flat.buffer[index]
+        value = self.flat.buffer.index_select(0, index)
         return (value + delta.to(self.device, value.dtype)).sub_(value)
 
     def _tensors_of(self, index: Tensor) -> frozenset[int]:
+        if len(index) <= _FEW:
+            return frozenset(self.flat.locate(i)[0] for i in index.tolist())
         return frozenset(torch.bucketize(index.to(self.device), self._stops, right=True).tolist())
 
     def _by_tensor(self, index: Tensor) -> dict[int, Tensor]:
         """number of a tensor -> the places in ``index`` of its trial points"""
-        if len(index) <= _FEW:
-            found: dict[int, list[int]] = {}
-            for place, i in enumerate(index.tolist()):
-                found.setdefault(self.flat.locate(i)[0], []).append(place)
-            return {n: torch.tensor(found[n], device=self.device) for n in sorted(found)}
         number = torch.bucketize(index, self._stops, right=True)
         order = torch.argsort(number, stable=True)
         counts = torch.bincount(number, minlength=len(self.params)).tolist()
@@ -216,22 +246,83 @@ class BatchedObjective(Objective):
         groups = order.split(counts)
         return {n: which for n, which in enumerate(groups) if len(which)}
 
+    def _losses_of_few(self, index: Tensor, delta: Tensor, stop_below: float | None) -> Tensor:
+        """The same by way of Python numbers, which are faster here than operations on tensors.
+
+        One tensor's trial points after another's, by their first places; so it can stop early.
+        """
+        places: dict[int, list[int]] = {}
+        at = []
+        for place, i in enumerate(index.tolist()):
+            number, element = self.flat.locate(i)
+            at.append(element)
+            places.setdefault(number, []).append(place)
+        steps = self._rounded(index, delta).tolist()
+        stops = stop_below is not None and self.device.type == "cpu"  # elsewhere reading waits
+        losses: list[Tensor | None] = [None] * len(at)
+        known = 0
+        for number, group in places.items():
+            found = self._few(self._evaluator.plans[number], group, at, steps)
+            for k, place in enumerate(group):
+                losses[place] = found[k : k + 1]
+            while stops and known < len(at) and losses[known] is not None:
+                known += 1
+                if losses[known - 1].item() < stop_below:
+                    return torch.cat(losses[:known])
+        return torch.cat(losses) if losses else self._incumbent.loss.new_empty(0)
+
+    def _few(self, plan: Plan, places: list[int], at: list[int], steps: list[float]) -> Tensor:
+        """The losses of the trial points at these places, all of one tensor, and some more."""
+        found = None
+        if plan.nodes:
+            key = (plan.number, len(places))
+            if key not in self._few_sizes:
+                self._few_sizes[key] = self._chunk_size(plan, len(places))
+            padded = places + places[-1:] * (self._few_sizes[key] - len(places))
+            where = torch.tensor([at[k] for k in padded], device=self.device)
+            step = torch.tensor(
+                [steps[k] for k in padded], dtype=self.flat.buffer.dtype, device=self.device
+            )
+            found = self._evaluator.few(plan, where, step)
+        return self._incumbent.loss.expand(len(places)) if found is None else found
+
     def _group(self, plan: Plan, at: Tensor, delta: Tensor, which: Tensor, losses: Tensor) -> None:
         """Write the losses of the trial points of one tensor to their places ``which``."""
-        if not plan.nodes:
+        if not plan.nodes or (
+            len(at) <= _SMALL_GROUP and self._padded(plan, at, delta, which, losses)
+        ):
             return
-        start = 0
-        while start < len(at):
-            chunk = slice(start, start + _LARGEST_CHUNK)
+        self._evaluator.prepare(plan)
+        most = self.workspace // max(_TEMPORARY * plan.sparse_bytes, 1)
+        if self.device.type == "cpu":
+            most = min(most, max(self._most(plan), _SPARSE_CACHED // max(plan.sparse_bytes, 1)))
+        step = min(max(1, most), _LARGEST_CHUNK)
+        for start in range(0, len(at), step):
+            chunk = slice(start, start + step)
+            self._incumbent.bring_up_to_date()
             env = self._evaluator.sparse_part(plan, at[chunk], delta[chunk])
-            changes = torch.stack([value.changes() for value in env.values()]).any(0)
+            changes = self._evaluator.changes(env)
             moved = changes.nonzero().squeeze(1)
             if len(moved):
                 if len(moved) < len(changes):
                     memo: dict = {}
                     env = {i: value.select(moved, memo) for i, value in env.items()}
                 losses[which[chunk][moved]] = self._heavy(plan, env, len(moved)).to(losses.dtype)
-            start += _LARGEST_CHUNK
+
+    def _padded(self, plan: Plan, at: Tensor, delta: Tensor, which: Tensor, losses: Tensor) -> bool:
+        """The same for a group that one chunk holds; whether there was memory for it."""
+        size = self._chunk_size(plan, len(at))
+        if size < len(at):
+            return False
+        filled = torch.arange(size, device=self.device).clamp_(max=len(at) - 1)
+        try:
+            found = self._evaluator.few(plan, at[filled], delta[filled])
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            self._halve(plan, error)
+            return False
+        if found is not None:
+            losses[which] = found[: len(at)].to(losses.dtype)
+        return True
 
     def _heavy(self, plan: Plan, env: dict, count: int) -> Tensor:
         parts, start = [], 0
@@ -258,10 +349,10 @@ class BatchedObjective(Objective):
         At most a quarter of it is padding, unless a smaller chunk would have other bits.
         """
         most = self._most(plan)
-        size = COPIES
+        size = least = self._incumbent.copies
         while size < min(count, most):
             size *= 2
-        if size > COPIES and count < size * 3 // 4:
+        if size > least and count < size * 3 // 4:
             size //= 2
         while size < most and not self._is_steady(plan, size):
             size *= 2
@@ -275,27 +366,30 @@ class BatchedObjective(Objective):
 
     def _most(self, plan: Plan) -> int:
         if plan.number not in self._chunks:
+            self._evaluator.prepare(plan)
             alive, typical = plan.footprint(self._evaluator.graph.nodes)
             bound = self.workspace // max(alive, 1)
             if self.device.type == "cpu":
                 bound = min(bound, _CACHED // max(typical, 1))
-            bound = min(max(bound, COPIES), _LARGEST_CHUNK)
+            bound = min(max(bound, self._incumbent.copies), _LARGEST_CHUNK)
             self._chunks[plan.number] = 1 << int(math.log2(bound))
         return self._chunks[plan.number]
 
     def _is_steady(self, plan: Plan, size: int) -> bool:
         """Whether chunks of this size give the incumbent, everywhere, the incumbent's bits."""
-        if size not in plan.sizes:
+        key = size, self._incumbent.rows
+        if key not in plan.sizes:
             at = torch.arange(size, device=self.device) % self.params[plan.number].numel()
             zero = torch.zeros(size, dtype=self.flat.buffer.dtype, device=self.device)
+            self._incumbent.bring_up_to_date()
             env = self._evaluator.sparse_part(plan, at, zero)
             self._evaluator.losses(plan, env, size, check=True)
-        return plan.sizes[size]
+        return plan.sizes[key]
 
     def _halve(self, plan: Plan, error: Exception) -> None:
         most = self._most(plan)
         is_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not is_memory or most <= COPIES:
+        if not is_memory or most <= self._incumbent.copies:
             raise error
         self._chunks[plan.number] = most // 2
         self._warn_once("memory", f"out of memory: going on with chunks of {most // 2}")
@@ -307,14 +401,3 @@ class BatchedObjective(Objective):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, workspace={self.workspace / 2**20:.0f} MiB"
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return 4 << 30  # not Linux: assume that a workspace of a quarter of this is there

@@ -16,6 +16,8 @@ from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from psfast.random_state import seeded
+
 aten = torch.ops.aten
 
 # Of their first argument these read the shape and the dtype, never the values.
@@ -50,12 +52,13 @@ class Node:
     weight: made of parameters and buffers alone, so it has no batch dimension
     value: the incumbent's value, a tensor or a tuple of them; None until it is computed
     memo: what rules keep about the incumbent; emptied when ``value`` changes
+    batch_memo: what rules keep about values that no parameter changes; emptied by another batch
     shapes: what rules keep about the shapes; never emptied
     """
 
     __slots__ = (
-        "args", "depends", "dynamic", "inputs", "is_view", "kwargs", "memo", "number", "op",
-        "places", "shape", "shapes", "value", "weight",
+        "args", "batch_memo", "depends", "dynamic", "inputs", "is_view", "kwargs", "memo",
+        "number", "op", "places", "shape", "shapes", "value", "weight",
     )  # fmt: skip
 
     def __init__(self, number: int, op, args: tuple = (), kwargs: dict | None = None):
@@ -76,6 +79,7 @@ class Node:
         self.weight = False
         self.value = None
         self.memo: dict = {}
+        self.batch_memo: dict = {}
         self.shapes: dict = {}
 
     def __repr__(self) -> str:
@@ -153,8 +157,13 @@ def plain_loss(model, criterion, inputs, targets, seed: int, state: dict | None 
     loss = _Loss(model, criterion)
     buffers = {name: b.clone() for name, b in loss.named_buffers()}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with _plain_kernels(), seeded(seed, device):
+    with plain_kernels(), seeded(seed, device):
         return functional_call(loss, {**buffers, **(state or {})}, (inputs, targets))
+
+
+def composite(model: nn.Module, criterion: Callable) -> nn.Module:
+    """inputs, targets -> loss, as one module."""
+    return _Loss(model, criterion)
 
 
 def composite_state(model: nn.Module, criterion: Callable) -> tuple[dict, dict]:
@@ -163,17 +172,25 @@ def composite_state(model: nn.Module, criterion: Callable) -> tuple[dict, dict]:
     return dict(loss.named_parameters()), dict(loss.named_buffers())
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device):
-    """Draw from ``seed``; leave the global random state as it was."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
+def signature(model: nn.Module, inputs, targets) -> tuple:
+    """What is found out about a batch holds for: its structure, and which modules train."""
+    leaves, spec = pytree.tree_flatten((inputs, targets))
+    kinds = [
+        (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves
+    ]
+    return spec, kinds, [m.training for m in model.modules()]
+
+
+def refuse_autocast(device: torch.device) -> None:
+    """Raise ValueError where autocast is on: it would cast inside our own operations too."""
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError(
+            "autocast is on: build and use the objective outside of it, or cast the model itself"
+        )
 
 
 @contextmanager
-def _plain_kernels():
+def plain_kernels():
     """No monolithic kernels (fused encoder layers, oneDNN and cuDNN recurrences), no compiler."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -222,7 +239,7 @@ def trace(model: nn.Module, criterion: Callable, inputs, targets, device) -> Gra
     flat, tree = pytree.tree_flatten(example())
     table = {aten.linear.default: _linear}
     try:
-        with _plain_kernels(), seeded(0, device):
+        with plain_kernels(), seeded(0, device):
             # Twice: the first pass takes composite ops apart, which may write in place to
             # views; the second one sees every write and turns it into a new value.
             first = make_fx(lambda *a: run(*pytree.tree_unflatten(a, tree)), table)(*flat)

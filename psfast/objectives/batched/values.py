@@ -7,6 +7,7 @@ A node's value is one of three, besides "as at the incumbent" (a plain tensor):
 ``Batch``   anything: K whole values, stacked
 """
 
+import torch
 from torch import Tensor
 
 
@@ -26,30 +27,39 @@ class OneHot:
     """Trial point k has ``base`` plus ``delta[k]`` at the flat (row-major) place ``at[k]``.
 
     base: (*shape); at: (K,) int64, -1 for "not in this view"; delta: (K,)
+    whole: whether the view has every element, so that no ``at`` is -1
     """
 
-    __slots__ = ("at", "base", "delta")
+    __slots__ = ("at", "base", "delta", "whole")
 
-    def __init__(self, base: Tensor, at: Tensor, delta: Tensor):
+    def __init__(self, base: Tensor, at: Tensor, delta: Tensor, whole: bool):
         self.base = base
         self.at = at
         self.delta = delta
+        self.whole = whole
 
     def reach(self) -> tuple[Tensor, Tensor]:
         """(place, delta) with a change of zero at place 0 for "not in this view"."""
+        if self.whole:
+            return self.at, self.delta
         return self.at.clamp(min=0), self.delta.masked_fill(self.at < 0, 0)
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        return self.at, self.delta
 
     def changes(self) -> Tensor:
         """(K,) bool: whether the trial point's value may differ from the incumbent's."""
-        return (self.at >= 0) & (self.delta != 0)
+        moved = self.delta != 0
+        return moved if self.whole else moved & (self.at >= 0)
 
     def select(self, which: Tensor, memo: dict) -> "OneHot":
-        return OneHot(self.base, _select(self.at, which, memo), _select(self.delta, which, memo))
+        at, delta = _select(self.at, which, memo), _select(self.delta, which, memo)
+        return OneHot(self.base, at, delta, self.whole)
 
     def dense(self) -> Tensor:
         K = len(self.at)
         at, delta = self.reach()
-        flat = self.base.reshape(1, -1).repeat(K, 1)
+        flat = self.base.reshape(-1).expand(K, -1).clone(memory_format=torch.contiguous_format)
         flat.scatter_add_(1, at[:, None], delta[:, None])
         return flat.view(K, *self.base.shape)
 
@@ -75,6 +85,9 @@ class Column:
         """The incumbent's columns, as ``new`` has the trial points': (K, *shape with 1 at dim)"""
         return columns(self.base, self.dim, self.at)
 
+    def parts(self) -> tuple[Tensor, Tensor]:
+        return self.at, self.new
+
     def changes(self) -> Tensor:
         """(K,) bool: whether the trial point's value differs from the incumbent's (NaN does)."""
         return (self.new != self.old()).flatten(1).any(1)
@@ -85,7 +98,8 @@ class Column:
 
     def dense(self) -> Tensor:
         K = len(self.at)
-        out = self.base.unsqueeze(0).repeat(K, *[1] * self.base.ndim)
+        out = self.base.expand(K, *self.base.shape)
+        out = out.clone(memory_format=torch.contiguous_format)
         return out.scatter_(self.dim, spread(self.at, self.new), self.new)
 
 

@@ -1,0 +1,217 @@
+"""The whole loss under ``torch.vmap``: for modules that cannot be traced."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from psfast.flat import trainable
+from psfast.objectives.base import Objective, check_block
+from psfast.objectives.batched.trace import (
+    composite,
+    plain_kernels,
+    refuse_autocast,
+    signature,
+)
+from psfast.objectives.batched.workspace import checked_workspace
+from psfast.random_state import seeded
+
+_LARGEST_CHUNK = 64
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+
+class VmapObjective(Objective):
+    """``criterion(model(inputs), targets)`` for blocks: K copies of the one tensor that changes.
+
+    params: default: the model's trainable ones, tied ones once
+    seed: of the dropout mask that all trial points share
+    workspace: bytes that a chunk of trial points may take; default: a quarter of what is free
+
+    Control flow may depend on the batch (which is not stacked), not on a parameter. Nothing is
+    reused from the incumbent and every layer after the changed one runs with K-fold weights
+    or inputs, so ``batched`` is far faster where it serves.
+
+    Chunks have one of few sizes, that were found to have the same bits, and are filled up. Their
+    first member is the incumbent: a trial point that has its bits has exactly its loss.
+
+    Raises ValueError, with the reason, where vmap fails or does not reproduce the model, and
+    under autocast.
+    """
+
+    backend = "vmap"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable,
+        inputs,
+        targets,
+        *,
+        params: list[nn.Parameter] | None = None,
+        seed: int = 0,
+        workspace: int | None = None,
+    ):
+        super().__init__(trainable(model.parameters()) if params is None else params)
+        self.inputs, self.targets, self.seed = inputs, targets, seed
+        self.workspace = checked_workspace(workspace, self.flat.buffer.device)
+        self._composite = composite(model, criterion)
+        names = {p: name for name, p in self._composite.named_parameters()}
+        if any(p not in names for p in self.params):
+            raise ValueError("params must belong to the model or the criterion")
+        self._names = [names[p] for p in self.params]
+        self._incumbent: Tensor | None = None
+        self._verify()
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        refuse_autocast(self.flat.buffer.device)
+        if self.flat.changed() or self._incumbent is None:
+            self._incumbent = self._plain()
+        return self._incumbent.clone()
+
+    @torch.no_grad()
+    def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
+        check_block(index, delta, self.flat.size)
+        incumbent, buffer = self(), self.flat.buffer
+        found = [self.flat.locate(i) for i in index.tolist()]
+        groups: dict[int, list[int]] = {}
+        for place, (number, _) in enumerate(found):
+            groups.setdefault(number, []).append(place)
+        at = torch.tensor([element for _, element in found], device=buffer.device)
+        delta = delta.to(buffer.device, buffer.dtype)
+        losses = incumbent.repeat(len(found))
+        for number, places in groups.items():
+            which = torch.tensor(places, device=buffer.device)
+            for part in which.split(self._sizes[-1] - 1):
+                losses[part] = self._chunk(number, at[part], delta[part], incumbent)
+        return losses
+
+    @torch.no_grad()
+    def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
+        check_block(index, delta, self.flat.size)
+        self.flat.changed()
+        buffer = self.flat.buffer
+        saved = buffer[index]
+        try:
+            buffer[index] = saved + delta.to(buffer.dtype)
+            return self._plain()
+        finally:
+            buffer[index] = saved
+            self._incumbent = None
+
+    @torch.no_grad()
+    def accept(self, index: Tensor, delta: Tensor) -> None:
+        check_block(index, delta, self.flat.size)
+        self.flat.changed()
+        self.flat.add(index, delta)
+        self._incumbent = None
+
+    @torch.no_grad()
+    def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
+        self.inputs, self.targets = inputs, targets
+        self.seed = self.seed if seed is None else seed
+        self._incumbent = None
+        if signature(self._composite, inputs, targets) != self._verified_for:
+            self._verify()
+
+    # --- evaluation -----------------------------------------------------------------------
+
+    def _evaluate(self, run: Callable) -> Tensor:
+        with plain_kernels(), seeded(self.seed, self.flat.buffer.device):
+            return run()
+
+    def _loss(self, state: dict) -> Tensor:
+        buffers = {name: b.clone() for name, b in self._composite.named_buffers()}
+        return functional_call(self._composite, {**buffers, **state}, (self.inputs, self.targets))
+
+    def _plain(self) -> Tensor:
+        return self._evaluate(lambda: self._loss({}))
+
+    def _stacked(self, number: int, values: Tensor) -> Tensor:
+        """The losses with each of ``values`` (K, *shape) in the place of one tensor. -> (K,)"""
+        name = self._names[number]
+        run = torch.vmap(lambda value: self._loss({name: value}), randomness="same")
+        return self._evaluate(lambda: run(values))
+
+    def _chunk(self, number: int, at: Tensor, delta: Tensor, incumbent: Tensor) -> Tensor:
+        count = len(at)
+        size = next(s for s in self._sizes if s > count)
+        values = self.params[number].detach().expand(size, *self.params[number].shape).clone()
+        rows = torch.arange(1, count + 1, device=at.device)
+        values.view(size, -1)[rows, at] += delta
+        losses = self._stacked(number, values)
+        return torch.where(losses == losses[0], incumbent, losses)[1 : count + 1]
+
+    # --- what vmap can do here ------------------------------------------------------------
+
+    @torch.no_grad()
+    def _verify(self) -> None:
+        refuse_autocast(self.flat.buffer.device)
+        self._verified_for = signature(self._composite, self.inputs, self.targets)
+        with _Allocations() as one:
+            plain = self._plain()
+        if plain.ndim:
+            raise ValueError(f"the loss must be a scalar, got shape {tuple(plain.shape)}")
+        if not torch.equal(plain, self._plain()):
+            raise ValueError("the model's loss differs from one evaluation to the next")
+        widest = max(p.nbytes for p in self.params)
+        most = max(2, min(_LARGEST_CHUNK, self.workspace // (one.bytes + 2 * widest)))
+        sizes = sorted({2, min(8, most), most})
+        generator = torch.Generator(device=plain.device).manual_seed(self.seed)
+        steady = set(sizes)
+        for number in range(len(self.params)):
+            found = self._at_another_point(number, most, generator)
+            for size in sizes:
+                steady -= {size} if not torch.equal(found(size), found(most)[:1]) else set()
+        if most not in steady:
+            raise ValueError("the bits of a loss depend on its place in the chunk under vmap")
+        self._sizes = sorted(steady)
+
+    def _at_another_point(self, number: int, most: int, generator: torch.Generator) -> Callable:
+        """size -> the one loss of all members of a chunk where one tensor has moved.
+
+        Raises ValueError if it is not the model's.
+        """
+        p = self.params[number]
+        step = 0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device)
+        saved = p.detach().clone()
+        try:
+            p.add_(step)
+            moved, expected = p.detach().clone(), self._plain()
+        finally:
+            p.copy_(saved)
+
+        def found(size: int) -> Tensor:
+            try:
+                losses = self._stacked(number, moved.expand(size, *p.shape).clone())
+            except Exception as error:  # whatever a user's forward raises, vmap is not for it
+                reason = str(error).strip().splitlines()
+                raise ValueError(
+                    f"vmap fails: {type(error).__name__}: {reason[0] if reason else ''}"
+                ) from error
+            bound = _TOLERANCE.get(expected.dtype, 0.05)
+            if losses.shape != (size,) or not torch.allclose(
+                losses, expected, rtol=bound, atol=bound * 1e-3, equal_nan=True
+            ):
+                raise ValueError(
+                    f"vmap does not reproduce the model when {self._names[number]} moves"
+                )
+            return losses.unique()
+
+        return found
+
+
+class _Allocations(TorchDispatchMode):
+    """bytes: of all results of the operations within; at least what is alive at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else [out]:
+            self.bytes += value.nbytes if isinstance(value, Tensor) else 0
+        return out

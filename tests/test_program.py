@@ -1,0 +1,66 @@
+"""Recorded programs: the function's bits, on other inputs and after other nodes' values."""
+
+import pytest
+import torch
+
+from psfast.objectives.batched.program import Unrecordable, kept, record
+from psfast.objectives.batched.trace import Node
+
+
+def node_with(value):
+    node = Node(0, None)
+    node.value = value
+    return node
+
+
+def function_of(node):
+    def function(x, at):
+        slope = kept(node.memo, "slope", lambda: torch.layer_norm(node.value, [4]))
+        y = x.reshape(6, 4) @ node.value.t()
+        y = y.view(2, 3, 4).view(6, 4).view(2, 12)
+        a, b = y.split(6, 1)
+        z = a.clone().relu_().mul_(b).add_(slope.sum())
+        unused = z.exp()
+        assert unused.shape == z.shape
+        return [z.index_select(0, at), (b.neg(), None)]
+
+    return function
+
+
+def inputs(seed):
+    torch.manual_seed(seed)
+    return torch.randn(2, 3, 4), torch.tensor([1, 0])
+
+
+def test_a_program_is_its_function():
+    node = node_with(torch.randn(4, 4))
+    function = function_of(node)
+    program = record(function, list(inputs(0)), [node])
+    assert program.reads == {0}
+    for seed in (0, 1):
+        node.value = torch.randn(4, 4)
+        node.memo.clear()
+        got, (negative, nothing) = program.run(*inputs(seed))
+        node.memo.clear()
+        expected, (its_negative, _) = function(*inputs(seed))
+        assert torch.equal(got, expected) and torch.equal(negative, its_negative)
+        assert nothing is None
+
+
+def test_results_can_go_to_nodes():
+    node, doubled = node_with(torch.randn(3)), Node(1, None)
+    program = record(lambda: [node.value * 2], [], [node, doubled], store=[doubled])
+    node.value = torch.ones(3)
+    assert program.run() is None
+    assert torch.equal(doubled.value, torch.full((3,), 2.0))
+
+
+@pytest.mark.parametrize("how", ["a value on the host", "a tensor from elsewhere"])
+def test_what_cannot_be_repeated_is_not_recorded(how):
+    elsewhere = torch.randn(3)
+
+    def function(x):
+        return x * x.sum().item() if how == "a value on the host" else x + elsewhere
+
+    with pytest.raises(Unrecordable):
+        record(function, [torch.randn(3)], [])
