@@ -20,7 +20,7 @@ from psfast.search_simplex import SimplexGradient
 
 _LARGEST_BLOCK = 16384
 _BEST_BLOCK = 256
-_SEARCH_BLOCK = 512
+_SEARCH_BLOCK = 256
 _BLOCK_SECONDS = 0.25
 _PROGRESS_SECONDS = 0.1
 _ACCEPTANCES = {

@@ -13,7 +13,9 @@ from psfast.search import Decision, PollState, combinations, with_points
 from psfast.search_simplex import (
     SimplexGradient,
     advance_window,
+    begin_lap,
     direction,
+    live_total,
     measure,
     new_window,
     window_count,
@@ -106,13 +108,14 @@ def test_a_lap_holds_both_signs_of_every_coordinate_once(W, most):
         assert 1 <= len(place) <= most and len(place.unique()) == len(place)
         seen += zip(place.tolist(), sign.tolist(), strict=True)
         failed = Decision(None, math.nan, len(place), 0)
-        state, poll_failed = advance_window(state, failed, 2 * W, 2 * W)
+        state, poll_failed = advance_window(state, failed, window, 2 * W)
     assert poll_failed
     assert sorted(seen) == [(place, sign) for place in range(W) for sign in (-1, 1)]
 
 
 def test_the_poll_fails_only_when_every_working_set_has_failed_at_one_incumbent():
     size, W, K = 12, 4, 3
+    window = new_window(0, 0, 0, size, SimplexGradient(W), torch.zeros(()))
     fail, win = Decision(None, math.nan, K, 0), Decision(0, 0.5, K, 0)
     state = PollState(incumbent=1.0)
     # A success in mid-lap, in the second working set: only whole laps after it count.
@@ -122,13 +125,51 @@ def test_the_poll_fails_only_when_every_working_set_has_failed_at_one_incumbent(
         count = min(K, 2 * W - state.position)
         evaluated += count
         decision = decision._replace(decided=count)
-        state, failed = advance_window(state, decision, 2 * W, 2 * size)
+        state, failed = advance_window(state, decision, window, 2 * size)
         if failed:
             failed_after = evaluated
             break
     # 8 in the first set, 3 up to the success, the rest of that lap, then three whole laps.
     assert failed_after == 8 + 8 + 3 * 8
     assert state.tried == state.position == 0 and state.order == 0
+
+
+def rested(lap=1):
+    """A working set of 10 of which places 2, 5 and 6 have shown exact zeros, in ``lap``."""
+    window = new_window(0, 0, 0, 10, SimplexGradient(), torch.zeros(()))
+    slope = torch.ones(9)  # place 9 was never visited
+    slope[[2, 5, 6]] = 0.0
+    return begin_lap(measure(window, torch.arange(9), slope, SimplexGradient()), lap)
+
+
+def test_coordinates_that_never_changed_the_loss_rest():
+    window = rested()
+    assert window.resting.nonzero().squeeze(1).tolist() == [2, 5, 6]
+    assert live_total(window) == 14
+    again = measure(window, torch.tensor([5]), torch.tensor([1e-9]), SimplexGradient())
+    assert begin_lap(again, 2).resting.nonzero().squeeze(1).tolist() == [2, 6]
+    assert not rested(lap=8).resting.any()  # another batch may read them
+    nothing = measure(window, torch.arange(10), torch.zeros(10), SimplexGradient())
+    nothing = nothing._replace(square=torch.zeros(10))
+    assert not begin_lap(nothing, 1).resting.any()
+
+
+@pytest.mark.parametrize("success_at, entries", [(None, 20), (0, 14), (5, 14), (6, 17)])
+def test_a_lap_visits_those_at_rest_only_while_all_its_trial_points_fail(success_at, entries):
+    window, state, seen = rested(), PollState(incumbent=1.0, lap=1), []
+    for number in range(20):
+        place, sign = window_entries(0, window, state, 3)
+        seen += zip(place.tolist(), sign.tolist(), strict=True)
+        decision = Decision(None, math.nan, len(place), 0)
+        if number == success_at:
+            decision = decision._replace(chosen=0, loss=0.5)
+        state, failed = advance_window(state, decision, window, 20)
+        if state.lap == 2:
+            break
+    assert failed == (success_at is None)
+    # Blocks 0 to 5 are the 14 live entries (3, 2 and 2 a round), 6 and 7 those at rest.
+    assert len(seen) == len(set(seen)) == entries
+    assert {place for place, _ in seen[:14]} == {0, 1, 3, 4, 7, 8, 9}
 
 
 def test_the_direction_is_downhill_scaled_and_zero_where_nothing_is_known():
@@ -276,6 +317,7 @@ def network():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     x = torch.randn(40, 6, dtype=torch.float64)
+    x[:, 5] = 0.0  # no slope along the eight weights that read it
     y = (x[:, :1] * x[:, 1:2]).sign()
     return net, lambda: (net(x) - y).square().mean()
 
@@ -285,7 +327,7 @@ def test_a_run_that_is_saved_and_resumed_continues_bit_for_bit(rule):
     options = {"radius": 0.1, "block_size": 10, "max_evaluations": 10, "seed": 5, **rule}
     net, loss = network()
     optimizer = PatternSearch(net.parameters(), **options)
-    for _ in range(13):
+    for _ in range(17):  # into the second lap
         optimizer.step(loss)
     weights, state = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict())
     expected = [optimizer.step(loss).item() for _ in range(25)]
