@@ -1,6 +1,7 @@
 """``python -m psfast.plots RUN``: losses, accuracy, radius and acceptance of a run, as a PNG.
 
-RUN is the folder of a ``psfast-train`` run with ``logger=csv``, or its ``metrics.csv``.
+RUN is the folder of a ``psfast-train`` run, or its ``metrics.csv``, which every logger but none
+writes.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def find_metrics(run: Path) -> Path:
         return run
     found = sorted(run.rglob("metrics.csv"))
     if not found:
-        raise FileNotFoundError(f"{run} holds no metrics.csv: train with logger=csv")
+        raise FileNotFoundError(f"{run} holds no metrics.csv: logger=none writes none")
     if len(found) > 1:
         names = ", ".join(str(path) for path in found)
         raise ValueError(f"RUN must be one run, {run} holds several: {names}")

@@ -13,6 +13,7 @@ def train(config) -> None:
     import torch
     from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate
+    from lightning.pytorch.loggers import CSVLogger
     from omegaconf import OmegaConf
 
     from psfast.lightning import RunSummary, finish_wandb, write_summary
@@ -26,7 +27,9 @@ def train(config) -> None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     failed = True
     try:
-        logger = instantiate(config.logger)
+        loggers = [logger] if (logger := instantiate(config.logger)) else []
+        if loggers and not isinstance(logger, CSVLogger):  # psfast.plots reads the CSV
+            loggers.append(CSVLogger(run_dir, name=None, version="csv"))
         task = instantiate(
             config.task, model=instantiate(config.model), optimizer=instantiate(config.optimizer)
         )
@@ -38,8 +41,8 @@ def train(config) -> None:
         )
         summary = RunSummary()
         callbacks = [*instantiate(config.callbacks).values(), summary]
-        trainer = instantiate(config.trainer, logger=logger or False, callbacks=callbacks)
-        if logger:
+        trainer = instantiate(config.trainer, logger=loggers, callbacks=callbacks)
+        for logger in loggers:
             logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
         trainer.fit(task, datamodule, ckpt_path=config.ckpt_path)
         # The last epochs may have had no validation of their own.
