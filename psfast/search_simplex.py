@@ -48,7 +48,7 @@ class SimplexGradient:
 
     working_set: int = 20_000
     lengths: Sequence[float] = (0.5, 1.0, 2.0, 4.0)
-    momentum: float = 0.8
+    momentum: float = 0.9
     square_momentum: float = 0.99
     decay: float = 0.0
 
