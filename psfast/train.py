@@ -16,7 +16,7 @@ def train(config) -> None:
     from lightning.pytorch.loggers import CSVLogger
     from omegaconf import OmegaConf
 
-    from psfast.lightning import RunSummary, finish_wandb, write_summary
+    from psfast.lightning import AcceptanceByTensor, RunSummary, finish_wandb, write_summary
 
     for not_of_use in (".*does not have many workers.*", ".*LeafSpec.*is deprecated.*"):
         warnings.filterwarnings("ignore", message=not_of_use)
@@ -40,7 +40,7 @@ def train(config) -> None:
             test_dataset=instantiate(config.test_dataset),
         )
         summary = RunSummary()
-        callbacks = [*instantiate(config.callbacks).values(), summary]
+        callbacks = [*instantiate(config.callbacks).values(), AcceptanceByTensor(), summary]
         trainer = instantiate(config.trainer, logger=loggers, callbacks=callbacks)
         for logger in loggers:
             logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))

@@ -139,7 +139,9 @@ def test_the_other_optimizers(here, optimizer):
 def test_every_logger_leaves_a_csv_to_plot(here, logger):
     folder = here(f"logger={logger}", "trainer.max_epochs=1")
     assert logger != "tensorboard" or list((folder / logger).glob("events.*"))
-    header, *rows = (folder / "csv/metrics.csv").read_text().splitlines()
+    metrics = (folder / "csv/metrics.csv").read_text()
+    assert "accepted/model.head.weight" in metrics
+    header, *rows = metrics.splitlines()
     for name in ("train_loss", "val_perplexity", "test_accuracy", "radius", "accepted"):
         assert name in header.split(",")
     assert len(rows) >= 3
