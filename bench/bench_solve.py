@@ -33,7 +33,6 @@ BLOCK = 256
 # radii were not tuned for the plain rules.
 RULES = {
     DEFAULT: {"radius": 0.06, "acceptance": "best", "search": SimplexGradient(decay=0.2)},
-    "psfast: combine": {"radius": 0.03, "acceptance": "combine"},
     "psfast: best of block": {"radius": 0.1, "acceptance": "best"},
     "psfast: first": {"radius": 0.1},
 }

@@ -34,6 +34,7 @@ class PollState(NamedTuple):
     window: number of the working set that is polled (``psfast.search_simplex``)
     window_tried: how many of the tried ones are its, in this lap
     lap: rounds over its 2W trial points that were completed
+    length: by which the search step's points are shortened, at most 1
     """
 
     order: int = 0
@@ -47,6 +48,7 @@ class PollState(NamedTuple):
     window: int = 0
     window_tried: int = 0
     lap: int = 0
+    length: float = 1.0
 
 
 class Decision(NamedTuple):
@@ -157,23 +159,6 @@ def _decision(losses: Tensor, place: Tensor, success: Tensor) -> Decision:
     if not success:
         return Decision(None, math.nan, len(losses), int(nan))
     return Decision(int(place), loss, len(losses), int(nan))
-
-
-def combinations(index: Tensor, losses: Tensor, incumbent: float) -> list[Tensor]:
-    """Places in the block that make up each combined point: the best 2, 4, 8, ... improving ones.
-
-    index, losses: (K,). Of the two trial points of one coordinate the lower one counts. Each
-    point is a new one on the poll's lattice, to be accepted only on its own evaluation (a
-    search step in the sense of Torczon 1997); the best single one needs none.
-    """
-    place = (losses < incumbent).nonzero().squeeze(1)
-    place = place[losses[place].argsort(stable=True)]
-    _, coordinate = index[place].unique(return_inverse=True)
-    rank = torch.arange(len(place), device=place.device)
-    lowest = torch.full_like(rank, len(place)).scatter_reduce(0, coordinate, rank, "amin")
-    place = place[lowest[coordinate] == rank]
-    sizes = [2**k for k in range(1, max(0, len(place) - 1).bit_length())]
-    return [place[:size] for size in [*sizes, len(place)] if size > 1]
 
 
 def with_points(

@@ -36,7 +36,9 @@ def test_the_command_writes_a_png(run, of, capsys):
 def test_acceptance_by_tensor_is_a_panel_of_its_own(run):
     pytest.importorskip("matplotlib")
     path = run / "csv" / "metrics.csv"
-    rows = [f"{row},{extra}" for row, extra in zip(ROWS.split(), ["", "", ",", "7,3"], strict=False)]
+    rows = [
+        f"{row},{extra}" for row, extra in zip(ROWS.split(), ["", "", ",", "7,3"], strict=False)
+    ]
     path.write_text(HEADER.strip() + ",accepted/head.weight,accepted/head.bias\n" + "\n".join(rows))
     curves = plots.read_curves(path)
     assert curves["accepted/head.weight"] == ([400.0], [5.0], [7.0])

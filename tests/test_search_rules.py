@@ -1,4 +1,4 @@
-"""The rules that train: combined points, the simplex-gradient step, working sets."""
+"""The rules that train: the simplex-gradient step, working sets."""
 
 import copy
 import math
@@ -9,7 +9,7 @@ from torch import nn
 
 import psfast
 from psfast import PatternSearch
-from psfast.search import Decision, PollState, combinations, with_points
+from psfast.search import Decision, PollState, with_points
 from psfast.search_simplex import (
     SimplexGradient,
     advance_window,
@@ -18,6 +18,7 @@ from psfast.search_simplex import (
     live_total,
     measure,
     new_window,
+    next_length,
     window_count,
     window_entries,
 )
@@ -25,10 +26,8 @@ from psfast.search_simplex import (
 RULES = {
     "first": {},
     "best": {"acceptance": "best"},
-    "combine": {"acceptance": "combine"},
     "simplex": {"search": SimplexGradient()},
     "simplex in parts": {"search": SimplexGradient(working_set=7), "acceptance": "best"},
-    "both": {"search": SimplexGradient(), "acceptance": "combine"},
 }
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
@@ -58,23 +57,6 @@ def minimise(function, x, rule, most=20_000, **options):
 
 
 # -- the pure functions ---------------------------------------------------------------------
-
-
-def test_combinations_are_the_best_2_4_8_and_all():
-    index = torch.tensor([5, 3, 9, 1, 7, 2, 8])
-    losses = torch.tensor([0.5, 0.1, 2.0, 0.3, 0.2, 0.4, math.nan])
-    places = [p.tolist() for p in combinations(index, losses, 1.0)]
-    assert places == [[1, 4], [1, 4, 3, 5], [1, 4, 3, 5, 0]]
-
-
-def test_combinations_take_the_lower_of_one_coordinates_two_points():
-    index = torch.tensor([4, 4, 6])
-    assert [p.tolist() for p in combinations(index, torch.tensor([0.3, 0.2, 0.4]), 1.0)] == [[1, 2]]
-
-
-@pytest.mark.parametrize("losses", [[], [2.0, 3.0], [0.5, 1.0]])
-def test_no_combination_of_fewer_than_two(losses):
-    assert combinations(torch.arange(len(losses)), torch.tensor(losses), 1.0) == []
 
 
 def test_a_point_wins_only_on_its_own_decrease():
@@ -193,6 +175,28 @@ def test_slopes_below_the_rounding_of_the_loss_are_not_amplified():
     assert abs(u[0]) < 1e-2 and u[1] < -0.99
 
 
+def test_lengths_shrink_where_searches_fail_and_grow_back_to_one():
+    length = 1.0
+    for success in (True, False, False):
+        length = next_length(length, success)
+    assert length == pytest.approx(0.64)
+    assert all(0 < next_length(length, False) <= length for length in (1.0, 0.5, 0.25))
+    for _ in range(40):
+        length = next_length(length, True)
+    assert length == 1.0
+
+
+def test_a_search_that_fails_shortens_its_points_and_never_the_radius():
+    x = nn.Parameter(torch.tensor([0.05, 0.05]))
+    optimizer = PatternSearch(
+        [x], radius=0.1, search=SimplexGradient(), acceptance="best", max_evaluations=2
+    )
+    for _ in range(2):  # every point along the slopes is 0.05 or more beyond the minimum
+        optimizer.step(lambda: (x.abs() + 0.01 * x).sum())
+    assert optimizer.radius == 0.1
+    assert optimizer.state_dict()["search"]["length"] < 1.0
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -281,16 +285,17 @@ def test_a_noisy_loss_neither_raises_nor_hangs(rule):
 
     x = nn.Parameter(torch.full((20,), 2.0, dtype=torch.float64))
     optimizer = PatternSearch([x], radius=0.5, max_evaluations=200, block_size=40, **rule)
-    for _ in range(60):
+    for _ in range(40):
         assert math.isfinite(optimizer.step(function))
     assert x.square().sum() < 40.0  # from 80
 
 
-@pytest.mark.parametrize("rule", [RULES["combine"], RULES["simplex"]], ids=["combine", "simplex"])
-def test_a_hundred_thousand_coordinates(rule):
+def test_a_hundred_thousand_coordinates():
     n = 100_000
     x = nn.Parameter(torch.ones(n))
-    optimizer = PatternSearch([x], radius=0.5, block_size=128, max_evaluations=128, **rule)
+    optimizer = PatternSearch(
+        [x], radius=0.5, block_size=128, max_evaluations=128, **RULES["simplex"]
+    )
     first = last = optimizer.step(lambda: x.square().mean()).item()
     for _ in range(5):
         loss = optimizer.step(lambda: x.square().mean()).item()
@@ -307,7 +312,6 @@ def test_the_simplex_gradient_leaves_the_plain_poll_behind():
     losses = {name: minimise(function, start, RULES[name], **options)[2] for name in RULES}
     assert losses["simplex"] < 0.2 * losses["first"]
     assert losses["simplex"] < 0.2 * losses["best"]
-    assert losses["combine"] < losses["best"]
 
 
 # -- what always holds, with a search ---------------------------------------------------------
