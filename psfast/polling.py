@@ -113,13 +113,10 @@ class WorkingSetPoll:
         noise = 2 * torch.finfo(delta.dtype).eps * abs(incumbent) / delta.abs()
         along = search_simplex.direction(self._window, self._place, noise, self.settings)
         values = self.flat.buffer[index]
-        radius = delta.abs()
-        changes = search_simplex.points_along(along, values, radius, poll.length, self.settings)
+        changes = search_simplex.points_along(along, values, delta.abs(), self.settings)
         return [(index, change) for change in changes]
 
     def advance(self, poll: PollState, decision: Decision) -> tuple[PollState, bool]:
-        length = search_simplex.next_length(poll.length, decision.point is not None)
-        poll = poll._replace(length=length)
         return search_simplex.advance_window(poll, decision, self._window, 2 * self.flat.size)
 
     def state_dict(self) -> dict:

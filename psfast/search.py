@@ -34,7 +34,6 @@ class PollState(NamedTuple):
     window: number of the working set that is polled (``psfast.search_simplex``)
     window_tried: how many of the tried ones are its, in this lap
     lap: rounds over its 2W trial points that were completed
-    length: by which the search step's points are shortened, at most 1
     """
 
     order: int = 0
@@ -48,7 +47,6 @@ class PollState(NamedTuple):
     window: int = 0
     window_tried: int = 0
     lap: int = 0
-    length: float = 1.0
 
 
 class Decision(NamedTuple):

@@ -21,7 +21,6 @@ from psfast.checks import check_count, check_number
 from psfast.search import Decision, PollState, advance, derive_seed, poll_order
 
 _NO_REST_EVERY = 8  # laps
-_LONGER, _SHORTER, _SHORTEST = 1.02, 0.8, 0.25
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,7 @@ class SimplexGradient:
         random subspace suffices (Li et al. 2018), and its slopes are never old. Coordinates
         that never changed the loss (rows that no batch reads, say) are polled in every eighth
         lap only, and before a lap counts as failed.
-    lengths: of the points along the direction, in radii a coordinate. All of them shorten while
-        more than about one search in twelve fails, as they do where the batches' noise is as large
-        as what is left to gain, and grow again to these.
+    lengths: of the points along the direction, in radii a coordinate
     momentum: weight of the earlier differences of a coordinate in their running mean
     square_momentum: the same for their mean square
     decay: pull of the points towards zero, as a share of the value a unit of step length
@@ -176,24 +173,14 @@ def direction(window: Window, place: Tensor, noise: Tensor, settings: SimplexGra
 
 
 def points_along(
-    direction: Tensor, values: Tensor, radius: Tensor, length: float, settings: SimplexGradient
+    direction: Tensor, values: Tensor, radius: Tensor, settings: SimplexGradient
 ) -> list[Tensor]:
     """The changes (K,) of each point of the search step.
 
-    direction, values (the incumbent's coordinates), radius: (K,); length: the state's
+    direction, values (the incumbent's coordinates), radius: (K,)
     """
-    step = length * radius * (direction - settings.decay * values)
-    return [step * factor for factor in settings.lengths]
-
-
-def next_length(length: float, success: bool) -> float:
-    """The factor on all lengths after a search: constant where eleven of twelve succeed.
-
-    Only the points move closer, never the radius: a failed search proves nothing about the poll.
-    """
-    if success:
-        return min(1.0, _LONGER * length)
-    return max(_SHORTEST, _SHORTER * length)
+    step = radius * (direction - settings.decay * values)
+    return [step * length for length in settings.lengths]
 
 
 def advance_window(

@@ -18,7 +18,6 @@ from psfast.search_simplex import (
     live_total,
     measure,
     new_window,
-    next_length,
     window_count,
     window_entries,
 )
@@ -173,28 +172,6 @@ def test_slopes_below_the_rounding_of_the_loss_are_not_amplified():
     window = measure(window, torch.arange(2), torch.tensor([1e-9, 1.0]), settings)
     u = direction(window, torch.arange(2), torch.full((2,), 1e-6), settings)
     assert abs(u[0]) < 1e-2 and u[1] < -0.99
-
-
-def test_lengths_shrink_where_searches_fail_and_grow_back_to_one():
-    length = 1.0
-    for success in (True, False, False):
-        length = next_length(length, success)
-    assert length == pytest.approx(0.64)
-    assert all(0 < next_length(length, False) <= length for length in (1.0, 0.5, 0.25))
-    for _ in range(40):
-        length = next_length(length, True)
-    assert length == 1.0
-
-
-def test_a_search_that_fails_shortens_its_points_and_never_the_radius():
-    x = nn.Parameter(torch.tensor([0.05, 0.05]))
-    optimizer = PatternSearch(
-        [x], radius=0.1, search=SimplexGradient(), acceptance="best", max_evaluations=2
-    )
-    for _ in range(2):  # every point along the slopes is 0.05 or more beyond the minimum
-        optimizer.step(lambda: (x.abs() + 0.01 * x).sum())
-    assert optimizer.radius == 0.1
-    assert optimizer.state_dict()["search"]["length"] < 1.0
 
 
 @pytest.mark.parametrize(
