@@ -28,11 +28,11 @@ from psfast.search_simplex import SimplexGradient
 
 SIZES = {"tiny": {"d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 64}, **SIZES}
 DEFAULT = "psfast: simplex gradient"
-BLOCK = 512
-# Options of PatternSearch; one step is one block. The radii were not tuned for the plain rules.
+BLOCK = 256
+# Options of PatternSearch; one step is one block. The first are the defaults of psfast-train; the
+# radii were not tuned for the plain rules.
 RULES = {
-    DEFAULT: {"radius": 0.03, "acceptance": "best", "search": SimplexGradient()},
-    "psfast: combine": {"radius": 0.03, "acceptance": "combine"},
+    DEFAULT: {"radius": 0.06, "acceptance": "best", "search": SimplexGradient(decay=0.2)},
     "psfast: best of block": {"radius": 0.1, "acceptance": "best"},
     "psfast: first": {"radius": 0.1},
 }

@@ -34,6 +34,7 @@ from psfast.evaluation import (
     supervised_positions,
     unpack,
 )
+from psfast.flat import trainable
 from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
 from psfast.objectives.base import Objective
 from psfast.optimizer import PatternSearch
@@ -47,11 +48,12 @@ _LINE_SECONDS = 5.0
 class BatchReport(NamedTuple):
     """What the search did on one training batch; None is what the reference does not tell.
 
-    evaluations: trial points; accepted: changes; loss_before: the incumbent's loss at first
+    evaluations: trial points; accepted: coordinates of the changes, one more each time that it
+    changed; loss_before: the incumbent's loss at first
     """
 
     evaluations: int
-    accepted: int | None
+    accepted: list[int] | None
     loss_before: float | None
     evaluations_per_second: float
 
@@ -180,7 +182,7 @@ class PatternSearchMixin:
         known = reports[0] is not None  # the reference reports nothing
         self.last_search = BatchReport(
             evaluations=decided,
-            accepted=sum(len(report.accepted) for report in reports) if known else None,
+            accepted=[index for r in reports for index, _ in r.accepted] if known else None,
             loss_before=reports[0].loss_before if known else None,
             evaluations_per_second=decided / seconds,
         )
@@ -211,7 +213,7 @@ class PatternSearchMixin:
         self.log("evaluations", float(search.evaluations), batch_size=1)
         self.log("evaluations_per_second", report.evaluations_per_second, batch_size=1)
         if report.accepted is not None:
-            self.log("accepted", float(report.accepted), batch_size=1)
+            self.log("accepted", float(len(report.accepted)), batch_size=1)
 
     @contextmanager
     def _trials(self):
@@ -452,6 +454,35 @@ class LastCheckpoint(L.Callback):
         trainer.save_checkpoint(unfinished, weights_only=False)
         unfinished.replace(self.path)
         self._saved = time.monotonic()
+
+
+class AcceptanceByTensor(L.Callback):
+    """Logs ``accepted/NAME`` of each tensor at a validation: its changes since the one before.
+
+    Not each batch, as so many values would take a noticeable part of a short search step.
+    """
+
+    def __init__(self):
+        self._accepted: list[int] = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        report = getattr(module, "last_search", None)
+        if report is not None and report.accepted is not None:
+            self._accepted += report.accepted
+
+    def on_validation_end(self, trainer, module) -> None:
+        if not self._accepted:
+            return
+        groups = trainer.optimizers[0].param_groups
+        params = trainable(p for group in groups for p in group["params"])
+        names = {p: name for name, p in module.named_parameters()}
+        ends = torch.tensor([p.numel() for p in params]).cumsum(0)
+        tensor = torch.bucketize(torch.tensor(self._accepted), ends, right=True)
+        counts = tensor.bincount(minlength=len(params)).tolist()
+        values = {f"accepted/{names[p]}": float(n) for p, n in zip(params, counts, strict=True)}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        self._accepted = []
 
 
 class RunSummary(L.Callback):

@@ -20,13 +20,12 @@ from psfast.search_simplex import SimplexGradient
 
 _LARGEST_BLOCK = 16384
 _BEST_BLOCK = 256
-_SEARCH_BLOCK = 512
+_SEARCH_BLOCK = 256
 _BLOCK_SECONDS = 0.25
 _PROGRESS_SECONDS = 0.1
 _ACCEPTANCES = {
     "first": search.first_improvement,
     "best": search.best_improvement,
-    "combine": search.best_improvement,
 }
 
 
@@ -63,9 +62,8 @@ class PatternSearch(torch.optim.Optimizer):
     params: parameters or param groups; a group may set its own ``radius``. Frozen parameters
         are left alone, tied ones count once. All trainable ones need one dtype and device.
     radius: the first step length, > 0, in the parameters' units
-    acceptance: "first" (the first lower loss in poll order, as the serial loop), "best" (the
-        lowest of a block) or "combine" (the best 2, 4, 8, ... of a block together, each such
-        point evaluated, or the lowest if none is lower)
+    acceptance: "first" (the first lower loss in poll order, as the serial loop) or "best"
+        (the lowest of a block)
     search: a ``SimplexGradient``, to try points along the slopes that the block measures
         before its trial points; None polls only
     shrink: factor in (0, 1) applied to the radius when a poll fails, and only then
@@ -184,7 +182,7 @@ class PatternSearch(torch.optim.Optimizer):
             index, sign = self._rule.block(self._poll, size)
             delta = sign * self._radius_of(index)
             losses = self._losses(objective, index, delta)
-            points = self._points(index, delta, losses)
+            points = self._rule.points(self._poll, index, delta, losses)
             decision = self._decide(objective, losses, points)
             speculated += len(losses) - decision.decided
             if decision.success:
@@ -298,14 +296,6 @@ class PatternSearch(torch.optim.Optimizer):
         seconds = (time.perf_counter() - started) / len(losses)
         self._seconds_per_point = max(1e-9, seconds)
         return losses
-
-    def _points(self, index, delta, losses) -> list[tuple[Tensor, Tensor]]:
-        """Points beside the block's trial points that are worth a look, as (index, delta)."""
-        points = []
-        if self.acceptance == "combine":
-            places = search.combinations(index, losses, comparable(self._poll.incumbent))
-            points += [(index[chosen], delta[chosen]) for chosen in places]
-        return points + self._rule.points(self._poll, index, delta, losses)
 
     def _decide(self, objective: Objective, losses: Tensor, points: list) -> Decision:
         incumbent = comparable(self._poll.incumbent)

@@ -1,6 +1,7 @@
 """``python -m psfast.plots RUN``: losses, accuracy, radius and acceptance of a run, as a PNG.
 
-RUN is the folder of a ``psfast-train`` run with ``logger=csv``, or its ``metrics.csv``.
+RUN is the folder of a ``psfast-train`` run, or its ``metrics.csv``, which every logger but none
+writes.
 """
 
 import argparse
@@ -16,6 +17,7 @@ PANELS = {
     "radius": ("radius",),
     "accepted changes a batch": ("accepted",),
 }
+BY_TENSOR = "accepted/"
 
 
 class Curve(NamedTuple):
@@ -35,7 +37,7 @@ def find_metrics(run: Path) -> Path:
         return run
     found = sorted(run.rglob("metrics.csv"))
     if not found:
-        raise FileNotFoundError(f"{run} holds no metrics.csv: train with logger=csv")
+        raise FileNotFoundError(f"{run} holds no metrics.csv: logger=none writes none")
     if len(found) > 1:
         names = ", ".join(str(path) for path in found)
         raise ValueError(f"RUN must be one run, {run} holds several: {names}")
@@ -52,6 +54,7 @@ def read_curves(metrics: Path) -> dict[str, Curve]:
     if not rows or "evaluations" not in rows[0]:
         raise ValueError(f"{metrics} must have a column 'evaluations', as pattern search logs it")
     names = [name for panel in PANELS.values() for name in panel]
+    names += [name for name in rows[0] if name.startswith(BY_TENSOR)]
     curves = {name: Curve([], [], []) for name in names}
     evaluations = seconds = 0.0
     for row in rows:
@@ -72,6 +75,7 @@ def draw(curves: dict[str, Curve], title: str = ""):
     from matplotlib.figure import Figure
 
     panels = {label: [n for n in names if n in curves] for label, names in PANELS.items()}
+    panels["accepted changes by tensor"] = [name for name in curves if name.startswith(BY_TENSOR)]
     panels = {label: names for label, names in panels.items() if names}
     figure = Figure(figsize=(10, 2.3 * len(panels) + 0.6), layout="constrained")
     figure.suptitle(title)
@@ -80,12 +84,16 @@ def draw(curves: dict[str, Curve], title: str = ""):
         for name in names:
             curve = curves[name]
             style = {"marker": ".", "markersize": 3} if name.startswith("val") else {}
-            left.plot(curve.evaluations, curve.values, linewidth=0.8, label=name, **style)
-            right.plot(curve.seconds, curve.values, linewidth=0.8, label=name, **style)
+            label_of = name.removeprefix(BY_TENSOR)
+            left.plot(curve.evaluations, curve.values, linewidth=0.8, label=label_of, **style)
+            right.plot(curve.seconds, curve.values, linewidth=0.8, **style)
         left.set_ylabel(label)
         if label in ("loss", "radius"):
             left.set_yscale("log")
-        if len(names) > 1:
+        if label == "accepted changes by tensor":  # some thirty names
+            place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+            right.legend(*left.get_legend_handles_labels(), fontsize=4, ncols=2, **place)
+        elif len(names) > 1:
             left.legend()
     axes[-1, 0].set_xlabel("trial points")
     axes[-1, 1].set_xlabel("seconds of search")

@@ -89,6 +89,8 @@ class WorkingSetPoll:
     def block(self, poll: PollState, count: int) -> tuple[Tensor, Tensor]:
         """index and sign (K,), K <= count, of distinct coordinates of the working set."""
         window = self._current(poll)
+        if poll.position == 0:
+            window = self._window = search_simplex.begin_lap(window, poll.lap)
         self._place, sign = search_simplex.window_entries(self.seed, window, poll, count)
         return window.index[self._place], sign.to(self.flat.buffer.dtype)
 
@@ -115,8 +117,7 @@ class WorkingSetPoll:
         return [(index, change) for change in changes]
 
     def advance(self, poll: PollState, decision: Decision) -> tuple[PollState, bool]:
-        window_total = 2 * len(self._window.index)
-        return search_simplex.advance_window(poll, decision, window_total, 2 * self.flat.size)
+        return search_simplex.advance_window(poll, decision, self._window, 2 * self.flat.size)
 
     def state_dict(self) -> dict:
         """What the working set's trial points have shown, (W,) each; {} before the first."""
@@ -129,7 +130,7 @@ class WorkingSetPoll:
         if not state:
             return
         window = self._current(poll)
-        learned = {name: value.to(window.mean) for name, value in state.items()}
+        learned = {name: value.to(getattr(window, name)) for name, value in state.items()}
         if len(learned["mean"]) != len(window.index):
             raise ValueError(
                 "the state must come from a search with the same working_set, its working "

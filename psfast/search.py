@@ -159,23 +159,6 @@ def _decision(losses: Tensor, place: Tensor, success: Tensor) -> Decision:
     return Decision(int(place), loss, len(losses), int(nan))
 
 
-def combinations(index: Tensor, losses: Tensor, incumbent: float) -> list[Tensor]:
-    """Places in the block that make up each combined point: the best 2, 4, 8, ... improving ones.
-
-    index, losses: (K,). Of the two trial points of one coordinate the lower one counts. Each
-    point is a new one on the poll's lattice, to be accepted only on its own evaluation (a
-    search step in the sense of Torczon 1997); the best single one needs none.
-    """
-    place = (losses < incumbent).nonzero().squeeze(1)
-    place = place[losses[place].argsort(stable=True)]
-    _, coordinate = index[place].unique(return_inverse=True)
-    rank = torch.arange(len(place), device=place.device)
-    lowest = torch.full_like(rank, len(place)).scatter_reduce(0, coordinate, rank, "amin")
-    place = place[lowest[coordinate] == rank]
-    sizes = [2**k for k in range(1, max(0, len(place) - 1).bit_length())]
-    return [place[:size] for size in [*sizes, len(place)] if size > 1]
-
-
 def with_points(
     decision: Decision, losses: Sequence[float], incumbent: float, decrease: float = 0.0
 ) -> Decision:

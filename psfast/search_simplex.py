@@ -14,10 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from psfast.checks import check_count, check_number
 from psfast.search import Decision, PollState, advance, derive_seed, poll_order
+
+_NO_REST_EVERY = 8  # laps
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,9 @@ class SimplexGradient:
     working_set: coordinates that are polled at a time. The 2N trial points are polled working
         set by working set: the next one is taken up when all points of this one have failed
         at one incumbent. So one working set may be all that a training run ever changes: a
-        random subspace suffices (Li et al. 2018), and its slopes are never old.
+        random subspace suffices (Li et al. 2018), and its slopes are never old. Coordinates
+        that never changed the loss (rows that no batch reads, say) are polled in every eighth
+        lap only, and before a lap counts as failed.
     lengths: of the points along the direction, in radii a coordinate
     momentum: weight of the earlier differences of a coordinate in their running mean
     square_momentum: the same for their mean square
@@ -59,7 +64,7 @@ class SimplexGradient:
         check_number("decay", self.decay, at_least=0.0)
 
 
-LEARNED = ("visits", "mean", "square")
+LEARNED = ("visits", "mean", "square", "resting")
 
 
 class Window(NamedTuple):
@@ -70,6 +75,7 @@ class Window(NamedTuple):
     visits: (W,) differences measured so far
     mean: (W,) their running mean, still biased towards zero
     square: (W,) the running mean of their squares, likewise
+    resting: (W,) bool, the coordinates that this lap leaves for its end
     """
 
     number: int
@@ -77,6 +83,7 @@ class Window(NamedTuple):
     visits: Tensor
     mean: Tensor
     square: Tensor
+    resting: Tensor
 
 
 def window_count(size: int, working_set: int) -> int:
@@ -95,7 +102,23 @@ def new_window(
     start, stop = number * size // count, (number + 1) * size // count
     index = poll_order(seed, order, start, stop - start, size, like.device)
     zeros = like.new_zeros(stop - start)
-    return Window(number, index, zeros, zeros, zeros)
+    return Window(number, index, zeros, zeros, zeros, zeros.bool())
+
+
+def begin_lap(window: Window, lap: int) -> Window:
+    """The window with the coordinates at rest whose differences have all been exactly zero.
+
+    Every eighth lap lets none rest, as another batch may read what the earlier ones did not.
+    """
+    resting = (window.visits > 0) & (window.square == 0)
+    if lap % _NO_REST_EVERY == 0 or resting.all():
+        resting = torch.zeros_like(resting)
+    return window._replace(resting=resting)
+
+
+def live_total(window: Window) -> int:
+    """Trial points of a lap over the coordinates that are not at rest."""
+    return 2 * int((~window.resting).sum())
 
 
 def window_entries(seed: int, window: Window, state: PollState, most: int) -> tuple[Tensor, Tensor]:
@@ -103,15 +126,19 @@ def window_entries(seed: int, window: Window, state: PollState, most: int) -> tu
 
     The 2W trial points of a lap are two rounds over the W coordinates, the second with the
     opposite signs, so that the curvature in one-sided differences cancels in a coordinate's
-    mean. A block lies in one round, so its coordinates are distinct. Each round has an order
-    of its own: fixed blocks learn worse, as the same coordinates then always move together.
+    mean; then two more over those at rest. A block lies in one round, so its coordinates are
+    distinct. Each round has an order of its own: fixed blocks learn worse, as the same
+    coordinates then always move together.
     """
-    W = len(window.index)
-    second, start = divmod(state.position, W)
-    n_blocks = -(-(W - start) // most)
-    count = -(-(W - start) // n_blocks)  # equal blocks, not full ones and a small rest
+    live = live_total(window)
+    late = state.position >= live
+    places = (window.resting if late else ~window.resting).nonzero().squeeze(1)
+    n = len(places)
+    second, start = divmod(state.position - live if late else state.position, n)
+    n_blocks = -(-(n - start) // most)
+    count = -(-(n - start) // n_blocks)  # equal blocks, not full ones and a small rest
     order_seed = derive_seed(seed, state.order, window.number)
-    place = poll_order(order_seed, 2 * state.lap + second, start, count, W, window.index.device)
+    place = places[poll_order(order_seed, 2 * state.lap + second, start, count, n, places.device)]
     return place, 1 - 2 * ((place + second) & 1)
 
 
@@ -157,20 +184,23 @@ def points_along(
 
 
 def advance_window(
-    state: PollState, decision: Decision, window_total: int, total: int
+    state: PollState, decision: Decision, window: Window, total: int
 ) -> tuple[PollState, bool]:
     """``psfast.search.advance`` for a poll that goes working set by working set.
 
-    window_total: 2W; total: 2N. The next working set is taken up when all 2W trial points of
-    a lap have failed at one incumbent, radius and objective; the poll fails when those of all
-    have. A lap that began before the last success proves nothing, the next one starts anew.
+    total: 2N. The next working set is taken up when all 2W trial points of a lap have failed at
+    one incumbent, radius and objective; the poll fails when those of all have. A lap that began
+    before the last success proves nothing: it ends before the coordinates at rest, and the next
+    one starts anew.
     """
     after, failed = advance(state, decision, total)
     if failed:  # the permutation stays, so that what is known of the slopes is kept
         return after._replace(order=state.order, lap=state.lap + 1), True
     tried = 0 if decision.success else state.window_tried + decision.decided
     position = state.position + decision.decided
-    if position < window_total:
+    window_total = 2 * len(window.index)
+    all_failed = tried == position  # of the lap's trial points, so far
+    if position < (window_total if all_failed else live_total(window)):
         return after._replace(position=position, window_tried=tried), False
     after = after._replace(position=0, lap=state.lap + 1, window_tried=0)
     if tried == window_total:

@@ -13,9 +13,10 @@ def train(config) -> None:
     import torch
     from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate
+    from lightning.pytorch.loggers import CSVLogger
     from omegaconf import OmegaConf
 
-    from psfast.lightning import RunSummary, finish_wandb, write_summary
+    from psfast.lightning import AcceptanceByTensor, RunSummary, finish_wandb, write_summary
 
     for not_of_use in (".*does not have many workers.*", ".*LeafSpec.*is deprecated.*"):
         warnings.filterwarnings("ignore", message=not_of_use)
@@ -26,7 +27,9 @@ def train(config) -> None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     failed = True
     try:
-        logger = instantiate(config.logger)
+        loggers = [logger] if (logger := instantiate(config.logger)) else []
+        if loggers and not isinstance(logger, CSVLogger):  # psfast.plots reads the CSV
+            loggers.append(CSVLogger(run_dir, name=None, version="csv"))
         task = instantiate(
             config.task, model=instantiate(config.model), optimizer=instantiate(config.optimizer)
         )
@@ -37,9 +40,9 @@ def train(config) -> None:
             test_dataset=instantiate(config.test_dataset),
         )
         summary = RunSummary()
-        callbacks = [*instantiate(config.callbacks).values(), summary]
-        trainer = instantiate(config.trainer, logger=logger or False, callbacks=callbacks)
-        if logger:
+        callbacks = [*instantiate(config.callbacks).values(), AcceptanceByTensor(), summary]
+        trainer = instantiate(config.trainer, logger=loggers, callbacks=callbacks)
+        for logger in loggers:
             logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
         trainer.fit(task, datamodule, ckpt_path=config.ckpt_path)
         # The last epochs may have had no validation of their own.

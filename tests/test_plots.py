@@ -33,6 +33,18 @@ def test_the_command_writes_a_png(run, of, capsys):
     assert capsys.readouterr().out.strip() == str(path)
 
 
+def test_acceptance_by_tensor_is_a_panel_of_its_own(run):
+    pytest.importorskip("matplotlib")
+    path = run / "csv" / "metrics.csv"
+    rows = [
+        f"{row},{extra}" for row, extra in zip(ROWS.split(), ["", "", ",", "7,3"], strict=False)
+    ]
+    path.write_text(HEADER.strip() + ",accepted/head.weight,accepted/head.bias\n" + "\n".join(rows))
+    curves = plots.read_curves(path)
+    assert curves["accepted/head.weight"] == ([400.0], [5.0], [7.0])
+    assert len(plots.draw(curves).axes) == 2 * 5
+
+
 def test_a_panel_without_values_is_left_out(run):
     pytest.importorskip("matplotlib")
     curves = plots.read_curves(plots.find_metrics(run))
@@ -43,7 +55,7 @@ def test_a_panel_without_values_is_left_out(run):
 @pytest.mark.parametrize(
     "write, message",
     [
-        (lambda path: None, "logger=csv"),
+        (lambda path: None, "logger=none"),
         (lambda path: (path / "metrics.csv").write_text("step,loss\n1,2\n"), "'evaluations'"),
         (lambda path: (path / "metrics.csv").write_text(""), "'evaluations'"),
     ],
