@@ -1,6 +1,7 @@
 """Collect what each benchmark measured, then print ratios of one run and keep the rows."""
 
 import statistics
+import time
 from collections import defaultdict
 
 import harness
@@ -17,29 +18,27 @@ class Measurements:
 
     def __init__(self):
         self.tables: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+        self.threads: dict[tuple[str, str, str], int] = {}
         self.flops: dict[tuple[str, str], float] = {}
-        self._peak: float | None = None
+        self.large_product: float | None = None  # FLOP/s, on all threads
 
     def add(self, table: str, case: str, backend: str, seconds: float) -> None:
         self.tables[table][case][backend] = seconds
-
-    def peak(self) -> float:
-        """FLOP/s of a large float32 product, taken in this run."""
-        self._peak = self._peak or matrix_product_rate()
-        return self._peak
+        self.threads[table, case, backend] = torch.get_num_threads()
 
     def rows(self, table: str) -> list[dict]:
         rows = []
         for case, seconds in self.tables[table].items():
             for backend, value in seconds.items():
-                row = {"case": case, "backend": backend, "us_per_point": f"{value * 1e6:.3f}"}
+                row = {"threads": str(self.threads[table, case, backend]), "case": case}
+                row |= {"backend": backend, "us_per_point": f"{value * 1e6:.3f}"}
                 row["points_per_second"] = f"{1 / value:.0f}"
                 for base in ("reference", "serial loop", "batched"):
                     ratio = f"{seconds[base] / value:.2f}" if base in seconds else ""
                     row["x_" + base.replace(" ", "_")] = ratio
                 flops = self.flops.get((table, case), 0.0) / value
                 row["useful_gflops"] = f"{flops / 1e9:.1f}" if flops else ""
-                row["of_large_matmul"] = f"{flops / self.peak():.2f}" if flops else ""
+                row["of_large_product"] = f"{flops / self.large_product:.2f}" if flops else ""
                 rows.append(row)
         return rows
 
@@ -51,7 +50,9 @@ _measured = Measurements()
 def measure(benchmark, request):
     """``measure(table, case, backend, run, points)`` times ``run()`` of ``points`` trial points.
 
-    Median of several rounds after one for warm-up; once, untimed, when timing is disabled.
+    With one thread or all, whichever is faster: small operations, as of the serial loop, lose
+    more by waking a thread than it takes off them. Median of several rounds after one for
+    warm-up; once, untimed, when timing is disabled.
     ``run`` may return the seconds (a float) that count, where a part of it does not.
     flops: useful ones of a trial point of this case, on the CPU.
     """
@@ -59,6 +60,9 @@ def measure(benchmark, request):
     def measure(table, case, backend, run, points, rounds=3, flops=None):
         returned = []
         benchmark.extra_info.update(table=table, case=case, backend=backend, points=points)
+        threads = torch.get_num_threads()
+        if not request.config.getoption("benchmark_disable"):
+            torch.set_num_threads(_faster_threads(run))
         benchmark.pedantic(
             lambda: returned.append(run()), rounds=rounds, iterations=1, warmup_rounds=1
         )
@@ -70,9 +74,22 @@ def measure(benchmark, request):
         _measured.add(table, case, backend, seconds / points)
         if flops:
             _measured.flops[table, case] = flops
-            _measured.peak()  # now, on the machine as it is
+            _measured.large_product = _measured.large_product or matrix_product_rate(threads)
 
     return measure
+
+
+def _faster_threads(run) -> int:
+    seconds = {}
+    for threads in {1, torch.get_num_threads()}:
+        torch.set_num_threads(threads)
+        run()  # what is prepared once for a number of threads
+        started = time.perf_counter()
+        returned = run()
+        seconds[threads] = time.perf_counter() - started
+        if isinstance(returned, float):
+            seconds[threads] = returned
+    return min(seconds, key=seconds.get)
 
 
 @pytest.fixture(autouse=True)

@@ -63,8 +63,9 @@ def complete_poll_flops(model: psfast.DecoderOnlyTransformer, inputs, supervised
     return total / sum(p.numel() for p in model.parameters())
 
 
-def matrix_product_rate(size: int = 2048) -> float:
-    """FLOP/s of torch's own large float32 product on its threads, the best of several."""
+def matrix_product_rate(threads: int, size: int = 2048) -> float:
+    """FLOP/s of torch's own large float32 product on so many threads, the best of several."""
+    torch.set_num_threads(threads)
     a, b = torch.randn(2, size, size)
     best = float("inf")
     for _ in range(8):
