@@ -6,13 +6,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 PROJECT := pyproject.toml setup.py constraints.txt
 SOURCES := $(wildcard csrc/*)
 
-# A thread that spins while it waits takes the core that the others need.
-export OMP_WAIT_POLICY ?= passive
-
 .PHONY: train test bench kernels lint test-sanitize clean
 
 train: $(VENV)/.train
 	$(BIN)/psfast-train $(ARGS)
+
+# A thread that spins while it waits takes the core that other tests' processes need. Alone on a
+# machine, as for `train` and `bench`, spinning is faster.
+test test-sanitize: export OMP_WAIT_POLICY ?= passive
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
