@@ -562,11 +562,11 @@ def wandb_logger(name: str, offline: bool | None = None, **options) -> WandbLogg
     """A ``WandbLogger`` for a run called ``name`` with a unique suffix.
 
     offline: None means: if there is no API key. Raises MisconfigurationException for False
-        without one.
+        without one. WANDB_MODE, and a mode in wandb's own settings, come first.
     """
     import wandb
 
-    mode = os.environ.get("WANDB_MODE")
+    mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
     if mode in ("offline", "dryrun", "disabled"):
         offline = mode != "disabled"  # with it, nothing is to be written either
     elif not offline and not wandb.login(prompt=False, verify=False):
@@ -577,6 +577,9 @@ def wandb_logger(name: str, offline: bool | None = None, **options) -> WandbLogg
             )
         rank_zero_info("psfast: no Weights & Biases key, logging offline (see `wandb sync`)")
         offline = True
+    if offline:
+        # Lightning only sets WANDB_MODE, which wandb has read by now.
+        options["mode"] = "offline"
     unique = f"{name}-{secrets.token_hex(2)}"
     return WandbLogger(name=unique, offline=bool(offline), **options)
 

@@ -28,9 +28,11 @@ TINY = [
 ]
 
 
-def command(*overrides, cwd):
+def command(*overrides, cwd, **variables):
+    """variables: of the environment; None takes one out"""
     environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-    environment.pop("HYDRA_FULL_ERROR", None)
+    environment |= {"HYDRA_FULL_ERROR": None, **variables}
+    environment = {name: value for name, value in environment.items() if value is not None}
     return subprocess.Popen(
         [sys.executable, "-m", "psfast.train", *overrides],
         cwd=cwd,
@@ -41,8 +43,8 @@ def command(*overrides, cwd):
     )
 
 
-def run(*overrides, cwd):
-    process = command(*overrides, cwd=cwd)
+def run(*overrides, cwd, **variables):
+    process = command(*overrides, cwd=cwd, **variables)
     out, err = process.communicate(timeout=280)  # the extension may compile first
     return process.returncode, out, err
 
@@ -244,10 +246,26 @@ def test_bad_input_ends_with_one_line(here, capfd, tmp_path, overrides, message)
     assert not list(tmp_path.glob("**/summary.json"))
 
 
+def test_wandb_without_a_key_logs_offline_by_itself(tmp_path):
+    """As on a new machine: in a process of its own, as wandb reads its settings once."""
+    (tmp_path / "home").mkdir()
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    variables = dict.fromkeys(name for name in os.environ if name.startswith("WANDB_"))
+    variables |= {"WANDB_MODE": None, "NETRC": None}
+    variables |= {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": cache}
+    status, _, err = run(*TINY, "trainer.max_epochs=1", cwd=tmp_path, **variables)
+    assert status == 0, err
+    assert "no Weights & Biases key, logging offline" in err
+    assert list(the_run(tmp_path).glob("wandb/offline-run-*"))
+
+
 def test_wandb_online_without_a_key_says_what_to_do(here, capfd, monkeypatch, tmp_path):
+    import wandb
+
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    wandb.teardown()  # forgets the mode of the tests before
     with pytest.raises(SystemExit):
         here("logger.offline=False", "trainer.max_epochs=1")
     assert "run `wandb login`" in capfd.readouterr().err
