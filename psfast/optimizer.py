@@ -1,6 +1,7 @@
 """``PatternSearch``: the optimizer around the search functions and an objective."""
 
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -330,9 +331,10 @@ class PatternSearch(torch.optim.Optimizer):
                 stacklevel=4,
             )
         factor = self.shrink if failed else self.expand if decision.success else 1.0
-        for group in self.param_groups:
-            group["radius"] *= factor
-        self._radii = self._read_radii()
+        if factor != 1.0:
+            for group in self.param_groups:  # an infinite one could never shrink again
+                group["radius"] = min(group["radius"] * factor, sys.float_info.max)
+            self._radii = self._read_radii()
         return failed
 
     def _tell_progress(self, started: float) -> None:

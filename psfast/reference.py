@@ -21,7 +21,8 @@ class ReferencePatternSearch(torch.optim.Optimizer):
     the pattern move).
 
     Each option below is a fault of the original, kept by default so that its results can be
-    repeated. With all of them False, it decides exactly as ``psfast.PatternSearch`` does.
+    repeated. With all of them False, it decides exactly as ``psfast.PatternSearch`` does as long
+    as the losses are finite.
 
     radius: the first step length, > 0
     seed: of the order and, without ``fresh_masks``, of the dropout masks

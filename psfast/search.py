@@ -125,29 +125,32 @@ def coordinates(entries: Tensor) -> tuple[Tensor, Tensor]:
 def first_improvement(losses: Tensor, incumbent: float) -> Decision:
     """Opportunistic acceptance: the first lower loss in poll order (Torczon 1997).
 
-    losses: (K,); NaN compares false, so it never wins.
+    losses: (K,); NaN compares false, so it never wins, and minus infinity is passed over.
     """
     if len(losses) <= _FEW:
         values = losses.tolist()
         nan = sum(map(math.isnan, values))
         for place, loss in enumerate(values):
-            if loss < incumbent:
+            if loss < incumbent and loss != -math.inf:
                 return Decision(place, loss, place + 1, nan)
         return Decision(None, math.nan, len(values), nan)
     lower = losses < incumbent
     decision = _decision(losses, lower.to(torch.uint8).argmax(), lower.any())
     if decision.chosen is None:
         return decision
+    if decision.loss == -math.inf:
+        return first_improvement(losses.masked_fill(losses == -math.inf, math.inf), incumbent)
     return decision._replace(decided=decision.chosen + 1)
 
 
 def best_improvement(losses: Tensor, incumbent: float) -> Decision:
     """The lowest loss of the block, if lower; the earliest of equals (Torczon 1997).
 
-    losses: (K,); NaN never wins.
+    losses: (K,); NaN and infinity never win.
     """
-    best = losses.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).argmin()
-    return _decision(losses, best, losses[best] < incumbent)
+    finite = losses.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
+    best = finite.argmin()
+    return _decision(losses, best, finite[best] < incumbent)
 
 
 def _decision(losses: Tensor, place: Tensor, success: Tensor) -> Decision:
@@ -164,20 +167,20 @@ def with_points(
 ) -> Decision:
     """The block's decision, or the lowest of the search's points if that is lower.
 
-    losses: of the points; NaN never wins. decrease: what a point must gain on the incumbent;
-    for points off the poll's lattice some rho(radius) > 0 with rho(t)/t -> 0 (Kolda, Lewis &
-    Torczon 2003).
+    losses: of the points; NaN and infinity never win. decrease: what a point must gain on the
+    incumbent; for points off the poll's lattice some rho(radius) > 0 with rho(t)/t -> 0 (Kolda,
+    Lewis & Torczon 2003).
     """
     best = min(range(len(losses)), key=lambda k: comparable(losses[k]))
     bound = incumbent - decrease if decision.chosen is None else decision.loss
-    if not losses[best] < min(bound, incumbent - decrease):
+    if not comparable(losses[best]) < min(bound, incumbent - decrease):
         return decision
     return decision._replace(chosen=None, point=best, loss=losses[best])
 
 
 def comparable(loss: float | None) -> float:
-    """``loss`` with NaN, and a missing one, as +infinity: a failed evaluation never wins."""
-    return math.inf if loss is None or math.isnan(loss) else loss
+    """``loss``; infinity for one that is missing or not finite: a failed evaluation never wins."""
+    return math.inf if loss is None or not math.isfinite(loss) else loss
 
 
 def block_size(state: PollState) -> int:

@@ -172,6 +172,55 @@ def test_3_nan_and_infinity_never_win():
     assert p[0] == p[2] == 0 and p[1] > 1
 
 
+@pytest.mark.parametrize("acceptance", ["first", "best"])
+@pytest.mark.parametrize("search", [None, psfast.SimplexGradient()])
+def test_3_minus_infinity_never_wins(acceptance, search):
+    p = nn.Parameter(torch.full((3,), 2.0))
+    optimizer = PatternSearch([p], radius=1.0, expand=2.0, acceptance=acceptance, search=search)
+    for _ in range(60):  # the logarithm of 0 is near, and so is the end of float32
+        optimizer.step(lambda: p[0].abs().log() - p[1])
+        assert math.isfinite(optimizer.last_poll.loss_after)
+    assert p.isfinite().all() and math.isfinite(optimizer.radius)
+
+
+@pytest.mark.parametrize("backend", ["serial", "batched"])
+@pytest.mark.parametrize("block_size", [1, 7, 64, None])
+def test_3_infinite_losses_are_decided_the_same_in_every_block(block_size, backend):
+    def run(block_size, backend):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1)).double()
+        x, y = torch.ones(1, 4).double(), torch.zeros(1, 1).double()
+        criterion = lambda out, y: (out.relu() + y).sum().log()  # noqa: E731
+        f = psfast.objective(net, criterion, x, y, backend=backend)
+        optimizer = PatternSearch(net.parameters(), radius=0.5, block_size=block_size)
+        reports = []
+        for _ in range(20):
+            optimizer.step(f)
+            reports.append(optimizer.last_poll.accepted)
+        assert math.isfinite(optimizer.last_poll.loss_after)
+        return reports, optimizer.evaluations
+
+    assert run(block_size, backend) == run(1, "serial")
+
+
+def test_3_the_radius_stays_finite():
+    p = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = PatternSearch([p], radius=1e308, expand=1e308)
+    for _ in range(3):
+        optimizer.step(lambda: -p.sum())
+    assert math.isfinite(optimizer.radius) and p.isfinite().all()
+
+
+def test_3_any_number_beats_an_infinite_incumbent():
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = PatternSearch([p], radius=0.5)
+    for sign in (1.0, -1.0):
+        with torch.no_grad():
+            p.zero_()
+        optimizer.step(lambda sign=sign: p.sum() if p.any() else torch.tensor(sign * math.inf))
+        assert len(optimizer.last_poll.accepted) == 1
+
+
 def test_3_an_all_nan_poll_fails_with_a_warning_and_any_number_beats_nan():
     p = nn.Parameter(torch.zeros(2))
     optimizer = PatternSearch([p], radius=0.5)

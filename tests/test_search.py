@@ -85,13 +85,15 @@ def test_coordinates_cover_both_signs():
         ([1.0, 1.0], None, None),
         ([math.nan, 0.9, math.nan, 0.9], 1, 1),
         ([math.inf, math.nan], None, None),
-        ([-math.inf, 0.5], 0, 0),
+        ([-math.inf, 0.5], 1, 1),
+        ([-math.inf, math.nan, math.inf], None, None),
         ([2.0], None, None),
         ([0.5], 0, 0),
     ],
 )
-def test_acceptance(losses, first, best):
-    losses = torch.tensor(losses, dtype=torch.float64)
+@pytest.mark.parametrize("more", [0, 100])  # few are read by Python, many by torch
+def test_acceptance(losses, first, best, more):
+    losses = torch.tensor(losses + [3.0] * more, dtype=torch.float64)
     decision = first_improvement(losses, 1.0)
     assert decision.chosen == first
     assert decision.decided == (len(losses) if first is None else first + 1)

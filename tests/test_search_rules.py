@@ -62,7 +62,8 @@ def test_a_point_wins_only_on_its_own_decrease():
     failed = Decision(None, math.nan, 4, 0)
     single = Decision(2, 0.8, 4, 0)
     assert with_points(failed, [1.1, 0.9], 1.0).point == 1
-    assert with_points(failed, [math.nan, math.inf], 1.0) == failed
+    assert with_points(failed, [math.nan, math.inf, -math.inf], 1.0) == failed
+    assert with_points(failed, [-math.inf, 0.9], 1.0).point == 1
     assert with_points(failed, [0.95], 1.0, decrease=0.1) == failed
     assert with_points(single, [0.9], 1.0) == single
     won = with_points(single, [0.9, 0.7], 1.0)
