@@ -84,7 +84,7 @@ def supervised_positions(criterion: nn.Module, targets: Tensor) -> Tensor | None
 def evaluate(model: nn.Module, criterion: nn.Module, loader: Iterable) -> Scores:
     """The ``Scores`` of ``model`` in eval mode over all batches; its mode is put back."""
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
+    modes = modes_of(model)
     sums = ScoreSums()
     model.eval()
     try:
@@ -92,9 +92,19 @@ def evaluate(model: nn.Module, criterion: nn.Module, loader: Iterable) -> Scores
             inputs, targets = (part.to(device) for part in unpack(batch))
             sums.add(criterion, model(inputs), targets)
     finally:
-        for module, training in modes:
-            module.training = training
+        set_modes(modes)
     return sums.result()
+
+
+def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Each module with its mode, for ``set_modes``."""
+    return [(module, module.training) for module in model.modules()]
+
+
+def set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    """Put the modules back into training or eval mode, as ``modes_of`` found them."""
+    for module, training in modes:
+        module.training = training
 
 
 def unpack(batch) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from psfast.checks import check_count
-from psfast.evaluation import BatchObjectives, Scores, evaluate, unpack
+from psfast.evaluation import BatchObjectives, Scores, evaluate, modes_of, set_modes, unpack
 from psfast.optimizer import PatternSearch, PollReport
 from psfast.random_state import seeded
 from psfast.search import derive_seed
@@ -62,7 +62,8 @@ def fit(
 
     Ctrl-C ends the loop as ``max_steps`` does: the model holds the incumbent, and the history
     is returned. Buffers (BatchNorm statistics) are updated once a step, by one forward pass
-    of the accepted state. The model is left in the mode that it came in.
+    of the accepted state. A model in eval mode is put into training mode as a whole; in one that
+    trains, a module in eval mode stays so. All are left in the mode that they came in.
 
     Raises TypeError for another optimizer or a batch of another form, ValueError for an empty
     loader or a batch without supervised positions.
@@ -75,7 +76,7 @@ def fit(
         raise ValueError(f"max_seconds must be > 0 or None, got {max_seconds!r}")
     run = _Run(model, criterion, optimizer, val_loader, _Display(max_steps, progress))
     deadline = None if max_seconds is None else time.perf_counter() + max_seconds
-    told, was_training = optimizer.progress, model.training
+    told, modes = optimizer.progress, modes_of(model)
 
     def inside_poll(tried: int, total: int) -> None:
         if told is not None:
@@ -107,7 +108,7 @@ def fit(
     finally:
         optimizer.progress = told
         run.display.close()
-        model.train(was_training)
+        set_modes(modes)
     if stopped != "interrupted":
         run.validate()
     return History(run.polls, run.validation, stopped)
@@ -125,10 +126,12 @@ class _Run:
         self.polls: list[PollReport] = []
         self.validation: list[tuple[int, Scores]] = []
         self._has_buffers = any(True for _ in model.buffers())
+        # In a model that trains, a module in eval mode is one held still.
+        self.modes = [(module, mode or not model.training) for module, mode in modes_of(model)]
 
     def step(self, batch) -> PollReport:
         inputs, targets = (part.to(self.device) for part in unpack(batch))
-        self.model.train()
+        set_modes(self.modes)  # a callback may have changed them
         seed = derive_seed(self.optimizer.seed, self.optimizer.polls)
         self.optimizer.step(self.objectives.on(inputs, targets, seed))
         if self._has_buffers:

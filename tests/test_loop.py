@@ -133,6 +133,20 @@ def test_an_exception_leaves_the_incumbent_and_is_raised_on():
     assert not model.training and search.progress is None
 
 
+def test_a_module_in_eval_mode_stays_so_in_a_model_that_trains():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    _, batches = regression()
+    model[1].eval()
+    before = model[1].running_mean.clone()
+    search = psfast.PatternSearch(model.parameters())
+    fit(model, nn.MSELoss(), batches, search, max_steps=3, val_loader=batches, progress=False)
+    assert torch.equal(model[1].running_mean, before) and model[2].num_batches_tracked == 3
+    assert [module.training for module in model] == [True, False, True, True]
+    model.eval()
+    fit(model, nn.MSELoss(), batches, search, max_steps=1, progress=False)
+    assert model[1].num_batches_tracked == 1 and not any(m.training for m in model.modules())
+
+
 def test_batch_norm_sees_one_forward_pass_a_step_and_dropout_no_global_randomness():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
