@@ -3,7 +3,7 @@
 import operator
 from bisect import bisect_right
 from collections.abc import Iterable
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,10 @@ class FlatParameters:
     order. Parameters that already lie so in one buffer are adopted without a copy, so the
     optimizer and an objective over the same parameters share one buffer.
 
-    params: distinct floating-point parameters of one dtype on one device.
+    params: distinct floating-point parameters of one dtype on one device, no two of which share
+        memory. One parameter may be used in several places: that is how to tie weights.
 
-    Raises ValueError when that does not hold.
+    Raises ValueError when that does not hold, RuntimeError inside ``torch.inference_mode()``.
     """
 
     def __init__(self, params: Iterable[nn.Parameter]):
@@ -40,9 +41,11 @@ class FlatParameters:
 
     def attach(self) -> None:
         """Make every parameter a view of one buffer, keeping the values it has now."""
+        check_no_inference_mode()
         buffer = self._shared_buffer()
         if buffer is None:
             _validate(self.params)  # .to() may have moved only some of them
+            _check_memory(self.params)
             with torch.no_grad():
                 buffer = torch.cat([p.detach().reshape(-1) for p in self.params])
             for p, start, stop in zip(self.params, self.offsets, self.offsets[1:], strict=False):
@@ -130,3 +133,48 @@ def _validate(params: list[nn.Parameter]) -> None:
     dtype = params[0].dtype
     if not dtype.is_floating_point:
         raise ValueError(f"params must be floating-point, got {dtype}")
+    if any(p.is_inference() for p in params):
+        raise ValueError(
+            "params must not be inference tensors: make the model outside torch.inference_mode()"
+        )
+
+
+def _check_memory(params: list[nn.Parameter]) -> None:
+    """Raise for parameters that share elements: one flat buffer would quietly part them."""
+    storages: dict[int, list[int]] = {}
+    for number, p in enumerate(params):
+        if p.numel():
+            storages.setdefault(p.untyped_storage().data_ptr(), []).append(number)
+    for numbers in storages.values():
+        spans = sorted(_span(params[number]) for number in numbers)
+        if all(end < start for (_, end), (start, _) in pairwise(spans)):
+            continue
+        # Overlapping spans may still hold different elements, as two columns do.
+        places = torch.cat([_places(params[number]) for number in numbers])
+        if len(places.unique()) < len(places):
+            raise ValueError(
+                f"params must not share memory, got numbers {numbers} of shapes "
+                f"{[tuple(params[number].shape) for number in numbers]} in one storage; to tie "
+                "weights, assign the parameter itself: a.weight = b.weight"
+            )
+
+
+def _span(p: nn.Parameter) -> tuple[int, int]:
+    """The first and the last place of ``p`` in its storage."""
+    steps = ((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
+    return p.storage_offset(), p.storage_offset() + sum(steps)
+
+
+def _places(p: nn.Parameter) -> Tensor:
+    """Where in its storage each element of ``p`` lies, (numel,) int64."""
+    places = torch.arange(_span(p)[1] + 1)
+    return places.as_strided(p.shape, p.stride(), p.storage_offset()).flatten()
+
+
+def check_no_inference_mode() -> None:
+    """Raise inside ``torch.inference_mode()``: what is made there can never be changed again."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "pattern search does not work inside torch.inference_mode(): use torch.no_grad(), or "
+            "neither, as it never records gradients"
+        )

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from psfast import search
 from psfast.checks import check_count, check_number
-from psfast.flat import FlatParameters, same_parameters, trainable
+from psfast.flat import (
+    FlatParameters,
+    check_no_inference_mode,
+    same_parameters,
+    trainable,
+)
 from psfast.objectives.base import Objective
 from psfast.objectives.serial import SerialObjective
 from psfast.polling import CompletePoll, WorkingSetPoll
@@ -81,6 +86,10 @@ class PatternSearch(torch.optim.Optimizer):
     Keeps the conditions of Torczon (1997): with a rational ``expand`` and ``shrink`` and one
     fixed smooth objective, liminf of the gradient norm is 0.
 
+    All searched parameters lie in one buffer, each a view of it: a part of the model's state is
+    best saved as ``{name: value.clone() for name, value in part.state_dict().items()}``, as
+    ``torch.save`` writes the whole storage behind a view.
+
     Raises ValueError or TypeError for arguments out of range, naming them.
     """
 
@@ -111,8 +120,6 @@ class PatternSearch(torch.optim.Optimizer):
             raise TypeError(f"search must be a psfast.SimplexGradient or None, got {search!r}")
         check_count("seed", seed, least=0)
         super().__init__(params, {"radius": radius})
-        for group in self.param_groups:
-            check_number("radius", group["radius"], above=0.0)
         self.acceptance = acceptance
         self.shrink, self.expand, self.min_radius = shrink, expand, min_radius
         self.max_evaluations, self.block_size = max_evaluations, block_size
@@ -139,6 +146,12 @@ class PatternSearch(torch.optim.Optimizer):
         check_number("radius", value, above=0.0)
         for group in self.param_groups:
             group["radius"] = value
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Search these parameters too. Raises for a "radius" of theirs that is out of range."""
+        if isinstance(param_group, dict) and "radius" in param_group:
+            check_number("radius", param_group["radius"], above=0.0)
+        super().add_param_group(param_group)
 
     @property
     def converged(self) -> bool:
@@ -171,6 +184,7 @@ class PatternSearch(torch.optim.Optimizer):
         incumbent in place and is raised on.
         """
         started = time.perf_counter()
+        check_no_inference_mode()
         objective = self._objective(closure)
         if self.converged and self._poll.incumbent is not None:
             return self._report(started, self._poll)
@@ -225,6 +239,8 @@ class PatternSearch(torch.optim.Optimizer):
             self._restart_poll()
         self._fingerprint = None
         if self._radii != self._read_radii():  # set by hand, or by a schedule
+            for group in self.param_groups:
+                check_number("radius", group["radius"], at_least=0.0)
             self._radii = self._read_radii()
             self._restart_poll()
 

@@ -129,6 +129,33 @@ def test_the_same_parameter_twice():
         FlatParameters([p, p])
 
 
+def test_parameters_that_share_memory_are_refused():
+    a, b = nn.Linear(3, 5), nn.Linear(3, 5)
+    b.weight.data = a.weight.data
+    message = r"must not share memory, got numbers \[0, 2\] of shapes \[\(5, 3\), \(5, 3\)\]"
+    with pytest.raises(ValueError, match=message):
+        FlatParameters([*a.parameters(), *b.parameters()])
+    assert a.weight.data_ptr() == b.weight.data_ptr()
+
+
+def test_parameters_that_share_a_storage_but_no_element_are_fine():
+    storage = torch.arange(12.0).view(4, 3)
+    params = [nn.Parameter(storage[:, :1]), nn.Parameter(storage[:, 1:])]
+    assert FlatParameters(params).buffer.tolist() == [0, 3, 6, 9, 1, 2, 4, 5, 7, 8, 10, 11]
+    with pytest.raises(ValueError, match="share memory"):
+        FlatParameters([nn.Parameter(storage[:, :2]), nn.Parameter(storage[:, 1:])])
+
+
+def test_inference_mode_is_refused_by_name():
+    net = model()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch\.inference_mode\(\)"):
+        FlatParameters(net.parameters())
+    with torch.inference_mode():
+        made_inside = model()
+    with pytest.raises(ValueError, match="make the model outside"):
+        FlatParameters(made_inside.parameters())
+
+
 def test_a_copied_model_is_on_its_own():
     net = model()
     flat = FlatParameters(net.parameters())

@@ -548,6 +548,31 @@ def test_a_bad_radius_of_a_group():
         PatternSearch([{"params": [nn.Parameter(torch.ones(2))], "radius": -0.1}])
 
 
+def test_a_bad_radius_of_a_group_that_is_added_or_changed():
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = PatternSearch([p])
+    with pytest.raises(ValueError, match="radius must be > 0.0.*got -5"):
+        optimizer.add_param_group({"params": [q], "radius": -5})
+    assert len(optimizer.param_groups) == 1
+    for radius in (-0.5, math.inf, math.nan):
+        optimizer.param_groups[0]["radius"] = radius
+        with pytest.raises(ValueError, match=f"radius must be .*got {radius}"):
+            optimizer.step(lambda: p.sum())
+    optimizer.param_groups[0]["radius"] = 0.0  # as a schedule may end
+    optimizer.step(lambda: p.sum())
+    assert optimizer.converged
+
+
+def test_inference_mode_is_refused_by_name():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = PatternSearch([p])
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch\.inference_mode\(\)"):
+        optimizer.step(lambda: p.sum())
+    optimizer.step(lambda: p.sum())
+    p.sum().backward()
+    assert p.grad is not None
+
+
 def test_nothing_to_search():
     with pytest.raises(ValueError, match="at least one trainable parameter"):
         PatternSearch([nn.Parameter(torch.ones(2), requires_grad=False)])
