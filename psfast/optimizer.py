@@ -254,12 +254,12 @@ class PatternSearch(torch.optim.Optimizer):
             raise ValueError("params must hold at least one trainable parameter, got none")
         self._flat = FlatParameters(self._params)
         self._serial: SerialObjective | None = None
-        self._rule = self._new_rule()
+        self._rule = self._new_rule(self.seed)
 
-    def _new_rule(self) -> CompletePoll | WorkingSetPoll:
+    def _new_rule(self, seed: int) -> CompletePoll | WorkingSetPoll:
         if self.search is None:
-            return CompletePoll(self.seed, self._flat)
-        return WorkingSetPoll(self.seed, self._flat, self.search)
+            return CompletePoll(seed, self._flat)
+        return WorkingSetPoll(seed, self._flat, self.search)
 
     def _listed(self) -> list[torch.nn.Parameter]:
         """The trainable parameters as the groups list them, tied ones as often as they do."""
@@ -388,6 +388,7 @@ class PatternSearch(torch.optim.Optimizer):
         state["search"] = {
             **self._poll._asdict(),
             "seed": self.seed,
+            "size": self._flat.size,
             "fingerprint": self._flat.fingerprint(),
         }
         learned = self._rule.state_dict()
@@ -396,17 +397,39 @@ class PatternSearch(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take up a state from ``state_dict``. Raises KeyError if it is no PatternSearch's."""
+        """Take up a state from ``state_dict``.
+
+        Raises KeyError if it is no PatternSearch's, ValueError if it is not of a search like this
+        one: of as many coordinates, and with the same ``working_set`` if any. Nothing has
+        changed then.
+        """
         if "search" not in state_dict:
             raise KeyError(
                 "state_dict must come from a psfast.PatternSearch: it has no entry 'search', "
                 f"only {sorted(state_dict)}"
             )
         saved = dict(state_dict["search"])
+        if not same_parameters(self._listed(), self._known):
+            self._attach()
+        names = {*PollState._fields, "seed", "fingerprint", "size"}
+        if saved.keys() != names:
+            raise ValueError(
+                f"the state's 'search' must have the entries {sorted(names)}, got {sorted(saved)}"
+            )
+        seed, fingerprint, size = (saved.pop(name) for name in ("seed", "fingerprint", "size"))
+        check_count("the state's seed", seed, least=0)
+        if size != self._flat.size:
+            raise ValueError(
+                f"the state must come from a search over the same parameters, got one over {size} "
+                f"coordinates for {self._flat.size}"
+            )
+        for group in state_dict["param_groups"]:
+            check_number("the state's radius", group["radius"], at_least=0.0)
+        poll, rule = PollState(**saved), self._new_rule(seed)
+        search.check_state(poll, 2 * size)
+        rule.load_state_dict(poll, state_dict.get("slopes", {}))
         super().load_state_dict(state_dict)
-        self.seed, self._fingerprint = saved.pop("seed"), saved.pop("fingerprint")
-        self._poll = search.PollState(**saved)
-        self._rule = self._new_rule()
-        self._rule.load_state_dict(self._poll, state_dict.get("slopes", {}))
+        self.seed, self._fingerprint = seed, fingerprint
+        self._poll, self._rule = poll, rule
         self._radii = self._read_radii()
         self._flat.mark_changed()

@@ -66,7 +66,12 @@ class CompletePoll:
         return {}
 
     def load_state_dict(self, poll: PollState, state: dict) -> None:
-        pass
+        """Raises ValueError for a state that this rule cannot go on from."""
+        if state:
+            raise ValueError(
+                "the state comes from a search with search=SimplexGradient(...), this one has none"
+            )
+        _check_position(poll, 2 * self.flat.size)
 
 
 class WorkingSetPoll:
@@ -126,14 +131,25 @@ class WorkingSetPoll:
         return {name: getattr(self._window, name).clone() for name in search_simplex.LEARNED}
 
     def load_state_dict(self, poll: PollState, state: dict) -> None:
-        """Raises ValueError for a state of another working set's size."""
         if not state:
+            if poll.position:
+                raise ValueError(
+                    "the state comes from a search without search=SimplexGradient(...), this one "
+                    "has it"
+                )
             return
         window = self._current(poll)
-        learned = {name: value.to(getattr(window, name)) for name, value in state.items()}
-        if len(learned["mean"]) != len(window.index):
+        W, shapes = len(window.index), {name: tuple(v.shape) for name, v in state.items()}
+        if shapes != dict.fromkeys(search_simplex.LEARNED, (W,)):
             raise ValueError(
-                "the state must come from a search with the same working_set, its working "
-                f"set has {len(learned['mean'])} coordinates for {len(window.index)}"
+                "the state must come from a search with the same working_set: this one's working "
+                f"set has {W} coordinates, the state's slopes are of the shapes {shapes}"
             )
+        _check_position(poll, 2 * W)
+        learned = {name: value.to(getattr(window, name)) for name, value in state.items()}
         self._window = window._replace(**learned)
+
+
+def _check_position(poll: PollState, places: int) -> None:
+    if poll.position >= places:
+        raise ValueError(f"the state's position must be < {places}, got {poll.position}")

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from psfast.checks import check_count, check_number
+
 _MASK32 = 0xFFFFFFFF
 _FEISTEL_ROUNDS = 6
 _FEW = 32  # losses that Python reads sooner than a handful of tensor operations
@@ -68,6 +70,18 @@ class Decision(NamedTuple):
     @property
     def success(self) -> bool:
         return self.chosen is not None or self.point is not None
+
+
+def check_state(state: PollState, total: int) -> None:
+    """Raise for a state that no search of ``total`` = 2N trial points can be in."""
+    for name, value in state._asdict().items():
+        if name not in ("incumbent", "mean_gap"):
+            check_count(f"the state's {name}", value, least=0)
+    if state.tried >= total:
+        raise ValueError(f"the state's tried must be < {total}, got {state.tried}")
+    check_number("the state's mean_gap", state.mean_gap, above=0.0)
+    if not isinstance(state.incumbent, (int, float, type(None))):
+        raise TypeError(f"the state's incumbent must be a number or None, got {state.incumbent!r}")
 
 
 def derive_seed(seed: int, *stream: int) -> int:

@@ -584,6 +584,63 @@ def test_a_state_of_another_optimizer():
         PatternSearch([p]).load_state_dict(torch.optim.SGD([p], lr=0.1).state_dict())
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"position": 10**6}, r"position must be < 4, got 1000000"),
+        ({"position": -1}, "position must be >= 0"),
+        ({"tried": 4}, "tried must be < 4, got 4"),
+        ({"evaluations": 1.5}, "evaluations must be an integer, got 1.5"),
+        ({"incumbent": "low"}, "incumbent must be a number or None, got 'low'"),
+        ({"mean_gap": math.nan}, "mean_gap must be"),
+        ({"seed": -1}, "seed must be >= 0"),
+        ({"extra": 1}, r"must have the entries \["),
+        ({"size": 3}, "one over 3 coordinates for 2"),
+    ],
+)
+def test_a_state_that_no_search_can_be_in_is_refused_and_changes_nothing(change, message):
+    p = nn.Parameter(torch.ones(2))
+    optimizer = PatternSearch([p], radius=0.25)
+    optimizer.step(lambda: p.square().sum())
+    before = optimizer.state_dict()
+    wrong = copy.deepcopy(before)
+    wrong["search"].update(change)
+    wrong["param_groups"][0]["radius"] = 7.0
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.load_state_dict(wrong)
+    assert optimizer.state_dict() == before
+
+
+def test_a_state_of_another_model_or_radius_is_refused():
+    def stepped(size):
+        p = nn.Parameter(torch.ones(size))
+        optimizer = PatternSearch([p], max_evaluations=3)
+        optimizer.step(lambda: 0.0 * p.sum())
+        return optimizer
+
+    with pytest.raises(ValueError, match="the same parameters, got one over 9 coordinates for 5"):
+        stepped(5).load_state_dict(stepped(9).state_dict())
+    state = stepped(5).state_dict()
+    state["param_groups"][0]["radius"] = math.inf
+    with pytest.raises(ValueError, match="radius must be .*finite, got inf"):
+        stepped(5).load_state_dict(state)
+
+
+def test_a_state_is_taken_up_after_freezing_as_it_was_saved():
+    net, loss = regression()
+    net[0].requires_grad_(False)
+    optimizer = PatternSearch(net.parameters(), max_evaluations=3)
+    optimizer.step(loss)
+    other, other_loss = regression()
+    resumed = PatternSearch(other.parameters(), max_evaluations=3)
+    other[0].requires_grad_(False)
+    resumed.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(net.state_dict())
+    for _ in range(20):
+        assert resumed.step(other_loss) == optimizer.step(loss)
+    assert resumed.state_dict() == optimizer.state_dict()
+
+
 def test_an_objective_over_other_parameters_is_refused():
     net, _ = regression()
     optimizer = PatternSearch(net.parameters())

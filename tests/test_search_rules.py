@@ -406,3 +406,15 @@ def test_it_learns_parity():
             break
     right = net(data.x).argmax(-1)[supervised] == data.y[supervised]
     assert right.all()
+
+
+def test_a_state_of_another_kind_of_search_is_refused():
+    net, loss = network()
+    plain = PatternSearch(net.parameters(), max_evaluations=9)
+    simplex = PatternSearch(net.parameters(), search=SimplexGradient(working_set=3))
+    for optimizer in (plain, simplex):
+        optimizer.step(lambda: 0.0 * loss())
+    with pytest.raises(ValueError, match="a search without search=SimplexGradient"):
+        simplex.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match="a search with search=SimplexGradient"):
+        plain.load_state_dict(simplex.state_dict())
