@@ -29,6 +29,7 @@ _BEST_BLOCK = 256
 _SEARCH_BLOCK = 256
 _BLOCK_SECONDS = 0.25
 _PROGRESS_SECONDS = 0.1
+_NOT_COPIED = ("progress", "step", "_flat", "_serial", "_rule")
 _ACCEPTANCES = {
     "first": search.first_improvement,
     "best": search.best_improvement,
@@ -252,6 +253,9 @@ class PatternSearch(torch.optim.Optimizer):
         self._params = trainable(self._known)
         if not self._params:
             raise ValueError("params must hold at least one trainable parameter, got none")
+        self._build()
+
+    def _build(self) -> None:
         self._flat = FlatParameters(self._params)
         self._serial: SerialObjective | None = None
         self._rule = self._new_rule(self.seed)
@@ -375,7 +379,32 @@ class PatternSearch(torch.optim.Optimizer):
         )
         return self._flat.buffer.new_tensor(self._poll.incumbent, dtype=self._loss_dtype)
 
-    # -- checkpoints ---------------------------------------------------------------------
+    # -- copies and checkpoints ----------------------------------------------------------
+
+    def __getstate__(self) -> dict:
+        """For ``copy.deepcopy((model, optimizer))`` and pickle: the copy goes on as this one does.
+
+        Hooks, as in torch's own optimizers, and ``progress`` stay behind.
+        """
+        if self._fingerprint is None:
+            self._follow_parameters()
+        own = {name: value for name, value in vars(self).items() if name not in _NOT_COPIED}
+        return {
+            **{name: value for name, value in own.items() if not name.startswith("_optimizer_")},
+            "slopes": self._rule.state_dict(),
+        }
+
+    def __setstate__(self, state: dict) -> None:
+        # torch's load_state_dict comes here too, with the param groups alone.
+        slopes = state.pop("slopes", None)
+        super().__setstate__(state)
+        if slopes is None:
+            return
+        self.progress = None
+        self._build()
+        self._rule.load_state_dict(self._poll, slopes)
+        if self._fingerprint is not None:
+            self._flat.mark_changed()
 
     def state_dict(self) -> dict:
         """Plain numbers: radii in the param groups, the rest under "search". With a search

@@ -61,11 +61,26 @@ class ReferencePatternSearch(torch.optim.Optimizer):
         self.evaluations = 0
         params = [p for group in self.param_groups for p in group["params"]]
         self._params = list(dict.fromkeys(params)) if perturb_frozen else trainable(params)
-        self._places = [(p, i) for p in self._params for i in range(p.numel())]
+        self._list_places()
         self._random = random.Random(seed)
         self._entries = list(range(2 * len(self._places)))
         self._listed: int | None = None  # the order that the list above is in
         self._order = self._position = self._tried = self._polls = 0
+
+    def _list_places(self) -> None:
+        self._places = [(p, i) for p in self._params for i in range(p.numel())]
+
+    def __getstate__(self) -> dict:
+        """For ``copy.deepcopy((model, optimizer))`` and pickle; hooks stay behind, as in torch."""
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name != "_places" and not name.startswith("_optimizer_")
+        }
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._list_places()  # of the copied parameters
 
     @torch.no_grad()
     def step(self, closure: Callable) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import operator
 import random
 import warnings
 
@@ -639,6 +640,51 @@ def test_a_state_is_taken_up_after_freezing_as_it_was_saved():
     for _ in range(20):
         assert resumed.step(other_loss) == optimizer.step(loss)
     assert resumed.state_dict() == optimizer.state_dict()
+
+
+def pickled(pair):
+    file = io.BytesIO()
+    torch.save(pair, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: PatternSearch(params, radius=0.5, max_evaluations=7),
+        lambda params: PatternSearch(params, search=psfast.SimplexGradient(), max_evaluations=7),
+        lambda params: ReferencePatternSearch(params, radius=0.5),
+    ],
+)
+def test_a_copy_with_its_model_goes_on_as_the_original(make, copied):
+    net, _ = regression()
+    x, y = torch.randn(10, 4).double(), torch.randn(10, 2).double()
+    optimizer = make(net.parameters())
+    for _ in range(5):
+        optimizer.step(lambda: F.mse_loss(net(x), y))
+    if hasattr(optimizer, "progress"):
+        optimizer.progress = lambda tried, total: None  # which pickle cannot take
+    other, twin = copied((net, optimizer))
+    assert all(map(operator.is_, other.parameters(), twin.param_groups[0]["params"]))
+    before = values(net)
+    ends = [twin.step(lambda: F.mse_loss(other(x), y)).item() for _ in range(20)]
+    assert equal(net.parameters(), before) and not equal(other.parameters(), before)
+    assert ends == [optimizer.step(lambda: F.mse_loss(net(x), y)).item() for _ in range(20)]
+    assert equal(net.parameters(), other.parameters())
+    assert twin.evaluations == optimizer.evaluations
+
+
+def test_a_copy_of_an_optimizer_with_a_changed_model_starts_its_poll_anew():
+    p = nn.Parameter(torch.zeros(5))
+    optimizer = PatternSearch([p], radius=1.0, max_evaluations=9)
+    optimizer.step(lambda: torch.tensor(1.0))
+    with torch.no_grad():
+        p.add_(1.0)
+    twin = copy.deepcopy(optimizer)
+    twin.step(lambda: torch.tensor(1.0))
+    assert twin.radius == 1.0 and twin.last_poll.evaluations == 9
 
 
 def test_an_objective_over_other_parameters_is_refused():
