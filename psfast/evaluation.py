@@ -1,13 +1,16 @@
 """Loss, perplexity and accuracy over the supervised positions, and the batches they come in."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
 from psfast.flat import same_parameters, trainable
+from psfast.models import MaskedCrossEntropy
 from psfast.objectives import objective
 from psfast.objectives.base import Objective
 
@@ -15,9 +18,11 @@ from psfast.objectives.base import Objective
 class Scores(NamedTuple):
     """What a validation found, each position weighing the same whatever batch it is in.
 
-    loss: the mean loss
-    perplexity: exp(loss), accuracy: share of positions with the right argmax; both NaN where
-        the targets are not classes
+    loss: the mean loss, also where the criterion's reduction is "sum"; with class weights the
+        mean that they weigh
+    perplexity: exp(loss), NaN unless the criterion is a plain cross-entropy over classes
+    accuracy: share of positions with the right argmax, NaN unless it is a cross-entropy over
+        classes (``psfast.MaskedCrossEntropy``, ``torch.nn.CrossEntropyLoss`` or ``NLLLoss``)
     count: supervised positions (without classes: samples)
     """
 
@@ -31,45 +36,66 @@ class ScoreSums:
     """Adds up batches; ``result()`` is the ``Scores`` of all of them."""
 
     def __init__(self):
-        self.loss, self.correct, self.count, self.classes = 0.0, 0, 0, True
+        self.loss, self.weight, self.correct, self.count = 0.0, 0.0, 0, 0
+        self.classes = self.plain = True
 
-    def add(self, criterion: nn.Module, outputs: Tensor, targets: Tensor) -> None:
-        """``criterion``: with the mean reduction, and an ``ignore_index`` if it masks.
-
-        outputs: (..., V) or (B, V, ...) with integer targets (...) are classes; anything else
-        has a loss alone.
-
-        Raises ValueError if no position is supervised.
-        """
+    def add(self, criterion: Callable, outputs, targets) -> None:
+        """Score one batch. Raises ValueError if no position is supervised."""
         supervised = supervised_positions(criterion, targets)
-        if supervised is None or outputs.ndim != targets.ndim + 1:
-            self.classes, count = False, len(targets)
+        count = weight = sample_count(targets) if supervised is None else int(supervised.sum())
+        dim = _class_dim(criterion, outputs, targets)
+        if dim is None:
+            self.classes = False
         else:
-            count = int(supervised.sum())
-            # Classes come last in a sequence model's outputs, second in torch's own convention.
-            predicted = outputs.argmax(-1 if outputs.shape[:-1] == targets.shape else 1)
-            self.correct += int((predicted == targets)[supervised].sum())
-        self.loss += float(criterion(outputs, targets)) * count
+            hits = outputs.argmax(dim) == targets
+            self.correct += int(hits[supervised].sum())
+            if getattr(criterion, "weight", None) is not None:
+                weight = float(criterion.weight[targets[supervised]].sum())
+                self.plain = False
+            self.plain = self.plain and not getattr(criterion, "label_smoothing", 0.0)
+        loss = float(criterion(outputs, targets))
+        self.loss += loss if getattr(criterion, "reduction", "mean") == "sum" else loss * weight
+        self.weight += weight
         self.count += count
 
     def result(self) -> Scores:
         if not self.count:
             raise ValueError("there was no batch to score")
-        loss, nan = self.loss / self.count, math.nan
+        loss, nan = self.loss / self.weight if self.weight else math.nan, math.nan
         if not self.classes:
             return Scores(loss, nan, nan, self.count)
         perplexity = math.exp(loss) if loss < 700 else math.inf  # exp(710) overflows
-        return Scores(loss, perplexity, self.correct / self.count, self.count)
+        accuracy = self.correct / self.count
+        return Scores(loss, perplexity if self.plain else nan, accuracy, self.count)
 
 
-def supervised_positions(criterion: nn.Module, targets: Tensor) -> Tensor | None:
+def _class_dim(criterion: Callable, outputs, targets) -> int | None:
+    """The dimension of ``outputs`` that holds the classes' scores, None if there are no classes."""
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return None
+    if isinstance(criterion, MaskedCrossEntropy):
+        return -1
+    over_classes = isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss))
+    if (over_classes or criterion is F.cross_entropy) and not targets.is_floating_point():
+        return min(1, outputs.ndim - 1)
+    return None
+
+
+def sample_count(targets) -> int:
+    """How many samples a batch holds, by the first tensor of its targets."""
+    first = next((leaf for leaf in tree_leaves(targets) if isinstance(leaf, Tensor)), None)
+    return len(first) if first is not None and first.ndim else 1
+
+
+def supervised_positions(criterion: Callable, targets) -> Tensor | None:
     """Where the targets count, bool in the shape of ``targets``; None if they are no classes.
 
     Raises ValueError if nowhere: such a batch has no loss.
     """
-    if targets.is_floating_point():
+    if not isinstance(targets, Tensor) or targets.is_floating_point():
         return None
-    ignore_index = getattr(criterion, "ignore_index", None)
+    default = -100 if criterion is F.cross_entropy else None
+    ignore_index = getattr(criterion, "ignore_index", default)
     if ignore_index is None:
         return torch.ones_like(targets, dtype=torch.bool)
     supervised = targets != ignore_index
@@ -81,7 +107,7 @@ def supervised_positions(criterion: nn.Module, targets: Tensor) -> Tensor | None
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, criterion: nn.Module, loader: Iterable) -> Scores:
+def evaluate(model: nn.Module, criterion: Callable, loader: Iterable) -> Scores:
     """The ``Scores`` of ``model`` in eval mode over all batches; its mode is put back."""
     device = next(model.parameters()).device
     modes = modes_of(model)
@@ -89,7 +115,7 @@ def evaluate(model: nn.Module, criterion: nn.Module, loader: Iterable) -> Scores
     model.eval()
     try:
         for batch in loader:
-            inputs, targets = (part.to(device) for part in unpack(batch))
+            inputs, targets = unpack(batch, device)
             sums.add(criterion, model(inputs), targets)
     finally:
         set_modes(modes)
@@ -107,14 +133,31 @@ def set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
         module.training = training
 
 
-def unpack(batch) -> tuple[Tensor, Tensor]:
-    """(inputs, targets) of a batch that is a pair, or a mapping with "x" and "y"."""
+def unpack(batch, device: torch.device | None = None) -> tuple:
+    """(inputs, targets) of a batch that is a pair, or a mapping with "x" and "y".
+
+    Each is a tensor, or a nest of lists, tuples and dicts that holds tensors. device: where the
+    tensors go; None leaves them.
+
+    Raises TypeError for anything else, and for a part that is None.
+    """
     if isinstance(batch, Mapping) and "x" in batch and "y" in batch:
-        return batch["x"], batch["y"]
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[0], batch[1]
-    got = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-    raise TypeError(f'a batch must be (inputs, targets) or {{"x": ..., "y": ...}}, got {got}')
+        parts = batch["x"], batch["y"]
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+        parts = tuple(batch)
+    else:
+        got = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise TypeError(f'a batch must be (inputs, targets) or {{"x": ..., "y": ...}}, got {got}')
+    for name, part in zip(("inputs", "targets"), parts, strict=True):
+        if part is None:
+            raise TypeError(f"a batch must have {name}, got None")
+    if device is None:
+        return parts
+    return tree_map(lambda part: part.to(device) if _moves(part) else part, parts, is_leaf=_moves)
+
+
+def _moves(part) -> bool:
+    return hasattr(part, "to")  # a tensor, or what holds some and knows how to move them
 
 
 class BatchObjectives:
@@ -127,7 +170,7 @@ class BatchObjectives:
     def __init__(
         self,
         model: nn.Module,
-        criterion: nn.Module,
+        criterion: Callable,
         optimizer: torch.optim.Optimizer,
         backend: str = "auto",
     ):
@@ -136,7 +179,7 @@ class BatchObjectives:
         self.objective: Objective | None = None
         self._place: _Place | None = None
 
-    def on(self, inputs: Tensor, targets: Tensor, seed: int) -> Objective:
+    def on(self, inputs, targets, seed: int) -> Objective:
         """The objective on this batch, with the dropout mask of ``seed`` if there is dropout.
 
         The same batch and mask as before are the same objective: nothing is refreshed.
@@ -162,10 +205,10 @@ class BatchObjectives:
                 backend=self.backend,
                 seed=seed,
             )
-        self._place = _Place((inputs, targets), (inputs._version, targets._version), seed)
+        self._place = _Place.of(inputs, targets, seed)
         return self.objective
 
-    def _taken_on(self, inputs: Tensor, targets: Tensor, seed: int) -> bool:
+    def _taken_on(self, inputs, targets, seed: int) -> bool:
         if self.objective is None:
             return False
         try:
@@ -184,14 +227,29 @@ class BatchObjectives:
 class _Place(NamedTuple):
     """The batch and mask that an objective is on."""
 
-    batch: tuple[Tensor, Tensor]
-    versions: tuple[int, int]
+    leaves: list
+    spec: TreeSpec
+    versions: list[int | None]
     seed: int
 
-    def is_at(self, inputs: Tensor, targets: Tensor, seed: int) -> bool:
-        if seed != self.seed or self.versions != tuple(part._version for part in self.batch):
+    @classmethod
+    def of(cls, inputs, targets, seed: int) -> "_Place":
+        leaves, spec = tree_flatten((inputs, targets))
+        return cls(leaves, spec, _versions(leaves), seed)
+
+    def is_at(self, inputs, targets, seed: int) -> bool:
+        if seed != self.seed or self.versions != _versions(self.leaves):
             return False  # another mask, or a batch that was written to since
-        return all(
-            a is b or (a.shape == b.shape and a.device == b.device and torch.equal(a, b))
-            for a, b in zip(self.batch, (inputs, targets), strict=True)
-        )
+        leaves, spec = tree_flatten((inputs, targets))
+        return spec == self.spec and all(map(_same, self.leaves, leaves))
+
+
+def _versions(leaves: list) -> list[int | None]:
+    return [leaf._version if isinstance(leaf, Tensor) else None for leaf in leaves]
+
+
+def _same(a, b) -> bool:
+    """Whether both hold the same; of an object that is no tensor nobody can tell."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.shape == b.shape and a.device == b.device and torch.equal(a, b))
+    return isinstance(a, (int, float, str)) and type(a) is type(b) and a == b

@@ -4,6 +4,7 @@ The only file that imports lightning.
 """
 
 import json
+import math
 import os
 import secrets
 import sys
@@ -31,6 +32,7 @@ from psfast.evaluation import (
     BatchObjectives,
     Scores,
     ScoreSums,
+    sample_count,
     supervised_positions,
     unpack,
 )
@@ -195,7 +197,7 @@ class PatternSearchMixin:
         model, criterion, inputs, targets = parts
         supervised_positions(criterion, targets)
         # Autocast, and the reference's own faults, live in training_step.
-        if not isinstance(search, PatternSearch) or torch.is_autocast_enabled(inputs.device.type):
+        if not isinstance(search, PatternSearch) or torch.is_autocast_enabled(self.device.type):
             return None
         objectives = self._objectives
         if objectives is None or (objectives.model, objectives.optimizer) != (model, search):
@@ -281,7 +283,7 @@ class _Task(L.LightningModule):
         inputs, targets = unpack(batch)
         supervised_positions(self.criterion, targets)
         loss = self.criterion(self.model(inputs), targets)
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(targets))
+        self.log("train_loss", loss, prog_bar=True, batch_size=sample_count(targets))
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -305,8 +307,9 @@ class _Task(L.LightningModule):
 
     def _log_scores(self, stage: str, scores: Scores) -> None:
         self.log(f"{stage}_loss", scores.loss, prog_bar=True)
-        if scores.accuracy == scores.accuracy:  # NaN where the targets are no classes
+        if not math.isnan(scores.perplexity):
             self.log(f"{stage}_perplexity", scores.perplexity)
+        if not math.isnan(scores.accuracy):
             self.log(f"{stage}_accuracy", scores.accuracy, prog_bar=True)
 
 
@@ -314,8 +317,9 @@ class PatternSearchTask(PatternSearchMixin, _Task):
     """Trains any model by pattern search on ``criterion(model(inputs), targets)``.
 
     Batches are (inputs, targets) or {"x": inputs, "y": targets}. Logged: train_loss each
-    step; val_loss, val_perplexity, val_accuracy and test_... each epoch, over the supervised
-    positions, each weighing the same; and what ``PatternSearchMixin`` logs.
+    step; val_loss and test_loss each epoch, over the supervised positions, each weighing the
+    same, for a cross-entropy over classes with val_perplexity, val_accuracy and test_...; and
+    what ``PatternSearchMixin`` logs.
 
     model: any module
     pattern_search_radius: the first step length

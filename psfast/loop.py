@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from psfast.checks import check_count
+from psfast.checks import check_count, check_number
 from psfast.evaluation import BatchObjectives, Scores, evaluate, modes_of, set_modes, unpack
 from psfast.optimizer import PatternSearch, PollReport
 from psfast.random_state import seeded
@@ -37,7 +37,7 @@ class _Stop(Exception):
 
 def fit(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: Callable,
     loader: Iterable,
     optimizer: PatternSearch,
     *,
@@ -50,8 +50,9 @@ def fit(
 ) -> History:
     """Train ``criterion(model(inputs), targets)``: one ``optimizer.step`` a batch, no gradient.
 
-    loader: batches, as (inputs, targets) or {"x": inputs, "y": targets}; gone through again
-        and again until ``max_steps`` or ``max_seconds``, and just once if neither is given.
+    loader: batches, as (inputs, targets) or {"x": inputs, "y": targets}, each a tensor or a nest
+        of lists, tuples and dicts that holds tensors; gone through again and again until
+        ``max_steps`` or ``max_seconds``, and just once if neither is given.
         A batch equal to the one before is the same objective, so full-batch training (a
         loader of one batch) completes its polls over as many steps as they take.
     max_seconds: also ends a step in the middle of its poll
@@ -68,12 +69,16 @@ def fit(
     Raises TypeError for another optimizer or a batch of another form, ValueError for an empty
     loader or a batch without supervised positions.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not callable(criterion):
+        raise TypeError(f"criterion must be callable, got {type(criterion).__name__}")
     if not isinstance(optimizer, PatternSearch):
         raise TypeError(f"optimizer must be a psfast.PatternSearch, got {type(optimizer).__name__}")
     for name, value in (("max_steps", max_steps), ("val_every", val_every)):
         check_count(name, value, optional=True)
-    if max_seconds is not None and not max_seconds > 0:
-        raise ValueError(f"max_seconds must be > 0 or None, got {max_seconds!r}")
+    if max_seconds is not None:
+        check_number("max_seconds", max_seconds, above=0.0)
     run = _Run(model, criterion, optimizer, val_loader, _Display(max_steps, progress))
     deadline = None if max_seconds is None else time.perf_counter() + max_seconds
     told, modes = optimizer.progress, modes_of(model)
@@ -130,7 +135,7 @@ class _Run:
         self.modes = [(module, mode or not model.training) for module, mode in modes_of(model)]
 
     def step(self, batch) -> PollReport:
-        inputs, targets = (part.to(self.device) for part in unpack(batch))
+        inputs, targets = unpack(batch, self.device)
         set_modes(self.modes)  # a callback may have changed them
         seed = derive_seed(self.optimizer.seed, self.optimizer.polls)
         self.optimizer.step(self.objectives.on(inputs, targets, seed))

@@ -1,10 +1,12 @@
 """The plain training loop and its scores."""
 
+import itertools
 import math
 import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import psfast
@@ -182,6 +184,14 @@ def test_bad_input_is_refused():
         fit(model, criterion, batches, search, max_steps=0, progress=False)
     with pytest.raises(ValueError, match="max_seconds must be > 0"):
         fit(model, criterion, batches, search, max_seconds=-1.0, progress=False)
+    with pytest.raises(TypeError, match="max_seconds must be a number, got 'a'"):
+        fit(model, criterion, batches, search, max_seconds="a", progress=False)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
+        fit(None, criterion, batches, search, progress=False)
+    with pytest.raises(TypeError, match="criterion must be callable, got int"):
+        fit(model, 3, batches, search, progress=False)
+    with pytest.raises(TypeError, match="a batch must have targets, got None"):
+        fit(model, criterion, [(batches[0][0], None)], search, progress=False)
     with pytest.raises(ValueError, match="loader gave no batch in pass 1"):
         fit(model, criterion, [], search, progress=False)
     with pytest.raises(ValueError, match="loader gave no batch in pass 2"):
@@ -225,6 +235,79 @@ def test_scores_of_torchs_own_class_convention():
     assert sums.result().accuracy == pytest.approx(
         (logits.argmax(1) == targets).float().mean().item()
     )
+
+
+def scores_of(criterion, logits, targets, cuts=(0, 4, 6)):
+    sums = ScoreSums()
+    for start, stop in itertools.pairwise(cuts):
+        sums.add(criterion, logits[start:stop], targets[start:stop])
+    return sums.result()
+
+
+def test_where_there_are_as_many_classes_as_positions_the_criterion_tells_them_apart():
+    logits, targets = torch.randn(6, 5, 5), torch.randint(5, (6, 5))
+    right = (logits.argmax(1) == targets).float().mean().item()
+    assert scores_of(nn.CrossEntropyLoss(), logits, targets).accuracy == pytest.approx(right)
+    right = (logits.argmax(2) == targets).float().mean().item()
+    scores = scores_of(psfast.MaskedCrossEntropy(), logits, targets)
+    assert scores.accuracy == pytest.approx(right)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weight", [None, torch.tensor([0.1, 1.0, 5.0])])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_scores_do_not_depend_on_how_the_data_are_batched(reduction, weight, smoothing):
+    torch.manual_seed(0)
+    logits, targets = torch.randn(6, 3), torch.tensor([0, 1, 1, 2, 2, -100])
+    options = {"weight": weight, "label_smoothing": smoothing}
+    scores = scores_of(nn.CrossEntropyLoss(reduction=reduction, **options), logits, targets)
+    mean = nn.CrossEntropyLoss(**options)(logits, targets).item()
+    assert scores.loss == pytest.approx(mean) and scores.count == 5
+    assert scores.accuracy == (logits.argmax(1) == targets).sum().item() / 5
+    if weight is None and not smoothing:
+        assert scores.perplexity == pytest.approx(math.exp(mean))
+    else:
+        assert math.isnan(scores.perplexity)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_what_is_no_cross_entropy_over_classes_has_a_loss_alone(reduction):
+    outputs, counts = torch.randn(6, 3), torch.randint(5, (6,))
+    scores = scores_of(lambda out, y: F.poisson_nll_loss(out.sum(1), y), outputs, counts)
+    assert math.isnan(scores.accuracy) and math.isnan(scores.perplexity)
+    criterion = nn.MSELoss(reduction=reduction)
+    scores = scores_of(criterion, outputs[:, 0], outputs[:, 1], cuts=(0, 5, 6))
+    mean = F.mse_loss(outputs[:, 0], outputs[:, 1]).item()
+    assert scores.loss == pytest.approx(mean) and math.isnan(scores.accuracy)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 1), nn.Linear(3, 1)
+
+    def forward(self, inputs):
+        return {"sum": self.a(inputs["a"]) + self.b(inputs["b"]), "a": self.a(inputs["a"])}
+
+
+def test_batches_of_nested_inputs_targets_and_outputs():
+    def criterion(outputs, targets):
+        return F.mse_loss(outputs["sum"], targets[0]) + F.mse_loss(outputs["a"], targets[1])
+
+    torch.manual_seed(0)
+    model = TwoInputs()
+    a, b, y = torch.randn(7, 3), torch.randn(7, 3), torch.randn(2, 7, 1)
+    search = psfast.PatternSearch(model.parameters(), radius=0.3)
+    batches = [({"a": a.clone(), "b": b}, (y[0], y[1])) for a in (a, a)]
+    history = fit(
+        model, criterion, batches, search, max_steps=30, val_loader=batches, progress=False
+    )
+    assert history.validation[-1][1].loss < history.validation[0][1].loss
+    objectives = BatchObjectives(model, criterion, search)
+    first = objectives.on(*batches[0], seed=1)()
+    assert objectives._place.is_at(*batches[1], seed=0)
+    batches[0][0]["a"].mul_(2.0)
+    assert objectives.on(*batches[0], seed=1)() != first
 
 
 def test_evaluate_uses_eval_mode_and_puts_every_mode_back():
