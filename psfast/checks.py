@@ -1,6 +1,7 @@
 """Checks of arguments that several constructors share."""
 
 import math
+import sys
 
 
 def check_number(
@@ -14,7 +15,7 @@ def check_number(
     """Raise TypeError unless ``value`` is a real number, ValueError unless it is in range."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (above < value < below and value >= at_least):
+    if not (above < value < below and value >= at_least) or abs(value) > sys.float_info.max:
         bounds = [f"> {above}"] * (above > -math.inf) + [f">= {at_least}"] * (at_least > -math.inf)
         bounds += [f"< {below}"] if below < math.inf else ["finite"]
         raise ValueError(f"{name} must be {' and '.join(bounds)}, got {value!r}")

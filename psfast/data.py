@@ -72,8 +72,8 @@ class StateTrackingDataset(Dataset):
 
     The data depend on the arguments alone; the global random state is left untouched.
 
-    Raises ValueError for sizes and tokens that cannot be, and for a ``ground_truth_fn`` that
-    returns anything but such states.
+    Raises ValueError or TypeError for sizes and tokens that cannot be, and for a
+    ``ground_truth_fn`` that returns anything but such states.
     """
 
     def __init__(
@@ -91,6 +91,9 @@ class StateTrackingDataset(Dataset):
     ):
         shortest, longest = _length_range(seq_len)
         _check_sizes(n_samples, vocab_size, sep_token, pad_token)
+        check_count("seed", seed, least=0)
+        if not callable(ground_truth_fn):
+            raise TypeError(f"ground_truth_fn must be callable, got {ground_truth_fn!r}")
         if split is not None and split not in SPLITS:
             raise ValueError(f"split must be one of {list(SPLITS)} or None, got {split!r}")
         self.sep_token = sep_token
@@ -146,6 +149,7 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Go on with the order of ``epoch``."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -243,15 +247,20 @@ def _hash(tokens: Tensor) -> Tensor:
 
 
 def _length_range(seq_len: int | Sequence[int]) -> tuple[int, int]:
-    low, high = (seq_len, seq_len) if isinstance(seq_len, int) else tuple(seq_len)
-    if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high):
-        raise ValueError(f"seq_len must be an integer >= 1 or a pair of such, got {seq_len!r}")
+    pair = tuple(seq_len) if isinstance(seq_len, Sequence) else (seq_len, seq_len)
+    if len(pair) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) for n in pair):
+        raise TypeError(f"seq_len must be an integer or a pair of integers, got {seq_len!r}")
+    low, high = pair
+    if not 1 <= low <= high:
+        raise ValueError(f"seq_len must be >= 1, or a pair of such in order, got {seq_len!r}")
     return low, high
 
 
 def _check_sizes(n_samples: int, vocab_size: int, sep_token: int, pad_token: int) -> None:
     for name, value in (("n_samples", n_samples), ("vocab_size", vocab_size)):
         check_count(name, value)
+    for name, value in (("sep_token", sep_token), ("pad_token", pad_token)):
+        check_count(name, value, least=0)
     if not vocab_size <= sep_token < pad_token:
         raise ValueError(
             "the special tokens must lie behind the vocabulary, vocab_size <= sep_token < "

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def status() -> tuple[bool, str]:
     built = _built_library()
     reason = None if built else why_no_build()
     if not built and not reason and not _cached_library().exists():
-        return True, f"not built yet: compiled at first use with {_compiler()}"
+        return True, f"not built yet: compiled at first use with {shlex.join(_compiler())}"
     reason = reason or load()
     if reason:
         return False, reason
@@ -90,7 +91,7 @@ def compile_library(target: Path, flags: Iterable[str] = ()) -> None:
 
         def compile_one(source: Path) -> str:
             made = f"{folder}/{source.stem}.o"
-            command = [compiler, *_FLAGS, *flags, "-isystem", str(root / "include")]
+            command = [*compiler, *_FLAGS, *flags, "-isystem", str(root / "include")]
             _run([*command, "-c", str(source), "-o", made])
             return made
 
@@ -98,7 +99,7 @@ def compile_library(target: Path, flags: Iterable[str] = ()) -> None:
             objects = list(pool.map(compile_one, sorted(_sources().glob("*.cpp"))))
         made = f"{folder}/{target.name}"
         libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-        _run([compiler, "-shared", *flags, *objects, *libraries, "-o", made])
+        _run([*compiler, "-shared", *flags, *objects, *libraries, "-o", made])
         os.replace(made, target)  # whole or not at all, whoever else compiles meanwhile
 
 
@@ -106,9 +107,13 @@ def _run(command: list[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-def _compiler() -> str | None:
-    named = os.environ.get("CXX")
-    return next(filter(None, map(shutil.which, [named] if named else ["g++", "clang++"])), None)
+def _compiler() -> list[str] | None:
+    """The compiler's command: CXX, which may hold arguments ("ccache g++"), or the first found."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [["g++"], ["clang++"]]:
+        if shutil.which(command[0]):
+            return command
+    return None
 
 
 def why_no_build() -> str | None:

@@ -9,7 +9,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
-from psfast.checks import check_count
+from psfast.checks import check_count, check_number
 from psfast.data import ResumableLoader, StateTrackingDataset, collate
 from psfast.evaluation import (
     BatchObjectives,
@@ -38,7 +38,7 @@ from psfast.evaluation import (
 )
 from psfast.flat import trainable
 from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
-from psfast.objectives.base import Objective
+from psfast.objectives import BACKENDS, Objective
 from psfast.optimizer import PatternSearch
 from psfast.random_state import seeded
 from psfast.reference import ReferencePatternSearch
@@ -114,7 +114,7 @@ class PatternSearchMixin:
         """
         wrapped = self.optimizers() if optimizer is None else optimizer
         search = wrapped.optimizer
-        _refuse_what_cannot_work(self.trainer)
+        refuse_what_cannot_work(self.trainer)
         seed = _mask_seed(search)
         # As LightningOptimizer.step does; it would hide an Objective in a closure.
         wrapped._on_before_step()
@@ -128,10 +128,11 @@ class PatternSearchMixin:
         return loss
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        """One batch's search steps, then ``training_step`` once more on the accepted state."""
         search = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         if not _is_search(search):
             return super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        _refuse_what_cannot_work(self.trainer)
+        refuse_what_cannot_work(self.trainer)
         training_step, own = self.training_step, self.__dict__.get("training_step")
 
         @torch.no_grad()
@@ -159,12 +160,14 @@ class PatternSearchMixin:
                 self.training_step = own
 
     def backward(self, loss: Tensor, *args, **kwargs) -> None:
+        """Nothing, if the optimizer is a search."""
         if not self.automatic_optimization or not _is_search(self.trainer.optimizers[0]):
             return super().backward(loss, *args, **kwargs)
         # No gradients here. A batch that is only accumulated comes by on its way to no step.
-        _refuse_what_cannot_work(self.trainer)
+        refuse_what_cannot_work(self.trainer)
 
     def log(self, *args, **kwargs) -> None:
+        """``LightningModule.log``, but nothing at trial points."""
         if not self._in_trial:
             super().log(*args, **kwargs)
 
@@ -273,7 +276,8 @@ class _Task(L.LightningModule):
         self.criterion = MaskedCrossEntropy() if criterion is None else criterion
         self.make_optimizer = optimizer
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs):
+        """The model's outputs."""
         return self.model(inputs)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -285,6 +289,17 @@ class _Task(L.LightningModule):
         loss = self.criterion(self.model(inputs), targets)
         self.log("train_loss", loss, prog_bar=True, batch_size=sample_count(targets))
         return loss
+
+    def on_train_start(self) -> None:
+        """Raises MisconfigurationException if the checkpoint was of another optimizer."""
+        optimizer = self.trainer.optimizers[0]
+        missing = optimizer.defaults.keys() - optimizer.param_groups[0].keys()
+        missing.discard("differentiable")  # torch adds it to the defaults of any that it loads
+        if missing:
+            raise MisconfigurationException(
+                "the checkpoint must be of a run with the same optimizer: its state has no "
+                f"{', '.join(sorted(missing))}, which {type(optimizer).__name__} needs"
+            )
 
     def on_validation_epoch_start(self) -> None:
         self._sums = ScoreSums()
@@ -339,11 +354,16 @@ class PatternSearchTask(PatternSearchMixin, _Task):
         backend: str = "auto",
     ):
         super().__init__(model, partial(optimizer, radius=pattern_search_radius), criterion)
+        check_number("pattern_search_radius", pattern_search_radius, above=0.0)
         check_count("evaluations_per_batch", evaluations_per_batch, optional=True)
+        if backend not in ("auto", *BACKENDS):
+            names = ", ".join(map(repr, ("auto", *BACKENDS)))
+            raise ValueError(f"backend must be one of {names}, got {backend!r}")
         self.evaluations_per_batch = evaluations_per_batch
         self.backend = backend
 
     def search_parts(self, batch):
+        """The task's model and criterion, on the batch's inputs and targets."""
         return self.model, self.criterion, *unpack(batch)
 
 
@@ -460,6 +480,30 @@ class LastCheckpoint(L.Callback):
         self._saved = time.monotonic()
 
 
+class KeptByCheckpoint(L.Callback):
+    """Warns of settings that a resumed run was given and its checkpoint overrules.
+
+    The state of the optimizer goes on as it was, so that the run continues bit for bit.
+
+    given: keys of the configuration with their values
+    """
+
+    def __init__(self, given: Mapping[str, object]):
+        self.given = given
+
+    def on_train_start(self, trainer, module) -> None:
+        optimizer = trainer.optimizers[0]
+        kept = dict(optimizer.param_groups[0])
+        kept |= {n: getattr(optimizer, n) for n in ("radius", "seed") if hasattr(optimizer, n)}
+        for key, value in self.given.items():
+            name = key.rpartition(".")[2].removeprefix("pattern_search_")
+            if name in kept and kept[name] != value:
+                rank_zero_warn(
+                    f"{key}={value} is not the optimizer's {name}: it goes on with that of the "
+                    f"checkpoint, {kept[name]}"
+                )
+
+
 class AcceptanceByTensor(L.Callback):
     """Logs ``accepted/NAME`` of each tensor at a validation: its changes since the one before.
 
@@ -570,6 +614,8 @@ def wandb_logger(name: str, offline: bool | None = None, **options) -> WandbLogg
     """
     import wandb
 
+    if offline not in (None, True, False):
+        raise TypeError(f"logger.offline must be true, false or null, got {offline!r}")
     mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
     if mode in ("offline", "dryrun", "disabled"):
         offline = mode != "disabled"  # with it, nothing is to be written either
@@ -627,7 +673,8 @@ def _no_metric(*_args, **_kwargs) -> Tensor:
     return torch.tensor(float("nan"))
 
 
-def _refuse_what_cannot_work(trainer: L.Trainer) -> None:
+def refuse_what_cannot_work(trainer: L.Trainer) -> None:
+    """Raise MisconfigurationException for what a search cannot do, naming the argument."""
     if trainer.gradient_clip_val:
         raise MisconfigurationException(
             "pattern search has no gradients to clip: remove "

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psfast.checks import check_count
+from psfast.checks import check_count, check_number
 
 
 class CausalSelfAttention(nn.Module):
@@ -86,8 +86,7 @@ class DecoderOnlyTransformer(nn.Module):
             raise ValueError(
                 f"d_model must be divisible by n_heads, got d_model={d_model}, n_heads={n_heads}"
             )
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+        check_number("dropout", dropout, at_least=0.0, below=1.0)
         self.vocab_size = vocab_size
         self.max_len = max_len
         self.token_embedding = nn.Embedding(vocab_size, d_model)
@@ -97,6 +96,7 @@ class DecoderOnlyTransformer(nn.Module):
         self.head = nn.Linear(d_model, vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: (B, T) int64 -> logits: (B, T, vocab_size)"""
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have shape (B, T), got {tuple(tokens.shape)}")
         if tokens.is_floating_point():
@@ -128,10 +128,13 @@ class MaskedCrossEntropy(nn.Module):
     """
 
     def __init__(self, ignore_index: int = 100):
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
         super().__init__()
         self.ignore_index = ignore_index
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """logits: (B, T, V), targets: (B, T) int64 -> the mean loss, a scalar"""
         if logits.ndim != 3 or logits.shape[:2] != targets.shape:
             raise ValueError(
                 "logits must be (B, T, V) and targets (B, T), "

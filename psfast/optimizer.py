@@ -58,6 +58,16 @@ class PollReport(NamedTuple):
     seconds: float
 
 
+class _Group(dict):
+    """A param group that tells learning-rate schedulers why they find no "lr" in it."""
+
+    def __missing__(self, key):
+        raise KeyError(
+            f"PatternSearch has no {key!r}, only a radius: set optimizer.radius instead of using a "
+            "learning-rate scheduler"
+        )
+
+
 class PatternSearch(torch.optim.Optimizer):
     """Pattern search: change one coordinate by +-radius, keep it if the loss fell.
 
@@ -114,7 +124,7 @@ class PatternSearch(torch.optim.Optimizer):
         check_number("min_radius", min_radius, at_least=0.0)
         check_count("max_evaluations", max_evaluations, optional=True)
         check_count("block_size", block_size, optional=True)
-        if acceptance not in _ACCEPTANCES:
+        if not isinstance(acceptance, str) or acceptance not in _ACCEPTANCES:
             names = ", ".join(map(repr, _ACCEPTANCES))
             raise ValueError(f"acceptance must be one of {names}, got {acceptance!r}")
         if search is not None and not isinstance(search, SimplexGradient):
@@ -153,6 +163,7 @@ class PatternSearch(torch.optim.Optimizer):
         if isinstance(param_group, dict) and "radius" in param_group:
             check_number("radius", param_group["radius"], above=0.0)
         super().add_param_group(param_group)
+        self.param_groups[-1] = _Group(self.param_groups[-1])
 
     @property
     def converged(self) -> bool:
@@ -398,6 +409,7 @@ class PatternSearch(torch.optim.Optimizer):
         # torch's load_state_dict comes here too, with the param groups alone.
         slopes = state.pop("slopes", None)
         super().__setstate__(state)
+        self.param_groups = [_Group(group) for group in self.param_groups]
         if slopes is None:
             return
         self.progress = None

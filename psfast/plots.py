@@ -108,12 +108,12 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         metrics = find_metrics(options.run)
         figure = draw(read_curves(metrics), title=str(options.run))
+        folder = options.run if options.run.is_dir() else options.run.parent
+        path = options.out or folder / "plot.png"
+        figure.savefig(path, dpi=120)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         hint = '; pip install "psfast[train]"' if isinstance(error, ModuleNotFoundError) else ""
         sys.exit(f"psfast.plots: error: {error}{hint}")
-    folder = options.run if options.run.is_dir() else options.run.parent
-    path = options.out or folder / "plot.png"
-    figure.savefig(path, dpi=120)
     print(path)
 
 

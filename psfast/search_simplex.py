@@ -54,6 +54,8 @@ class SimplexGradient:
 
     def __post_init__(self):
         check_count("working_set", self.working_set)
+        if not isinstance(self.lengths, Sequence):
+            raise TypeError(f"lengths must be a sequence of numbers, got {self.lengths!r}")
         object.__setattr__(self, "lengths", tuple(self.lengths))
         if not self.lengths:
             raise ValueError("lengths must hold at least one number, got none")

@@ -16,15 +16,27 @@ def train(config) -> None:
     from lightning.pytorch.loggers import CSVLogger
     from omegaconf import OmegaConf
 
-    from psfast.lightning import AcceptanceByTensor, RunSummary, finish_wandb, write_summary
+    from psfast.checks import check_count
+    from psfast.lightning import (
+        AcceptanceByTensor,
+        KeptByCheckpoint,
+        PatternSearchMixin,
+        RunSummary,
+        finish_wandb,
+        refuse_what_cannot_work,
+        write_summary,
+    )
 
     for not_of_use in (".*does not have many workers.*", ".*LeafSpec.*is deprecated.*"):
         warnings.filterwarnings("ignore", message=not_of_use)
     logging.getLogger("lightning").propagate = False  # Hydra's would say it all again
+    check_count("seed", config.seed, least=0)
+    check_count("threads", config.threads, optional=True)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    hydra = HydraConfig.get()
+    run_dir = Path(hydra.runtime.output_dir)
     failed = True
     try:
         loggers = [logger] if (logger := instantiate(config.logger)) else []
@@ -41,7 +53,12 @@ def train(config) -> None:
         )
         summary = RunSummary()
         callbacks = [*instantiate(config.callbacks).values(), AcceptanceByTensor(), summary]
+        if config.ckpt_path is not None:
+            keys = [override.partition("=")[0].lstrip("+") for override in hydra.overrides.task]
+            callbacks.append(KeptByCheckpoint({k: OmegaConf.select(config, k) for k in keys}))
         trainer = instantiate(config.trainer, logger=loggers, callbacks=callbacks)
+        if isinstance(task, PatternSearchMixin):
+            refuse_what_cannot_work(trainer)
         for logger in loggers:
             logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
         trainer.fit(task, datamodule, ckpt_path=config.ckpt_path)

@@ -108,10 +108,17 @@ def test_a_bad_ground_truth_is_refused(ground_truth_fn, message):
         ({"vocab_size": 100}, "special tokens"),
         ({"pad_token": 99}, "special tokens"),
         ({"split": "valid"}, "split"),
+        ({"seq_len": None}, "seq_len must be an integer or a pair of integers, got None"),
+        ({"seq_len": "a"}, "seq_len must be"),
+        ({"seq_len": (1, 2, 3)}, "seq_len must be"),
+        ({"seq_len": True}, "seq_len must be"),
+        ({"seed": "a"}, "seed must be an integer, got 'a'"),
+        ({"pad_token": "a"}, "pad_token must be an integer"),
+        ({"ground_truth_fn": None}, "ground_truth_fn must be callable, got None"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         StateTrackingDataset(**{"n_samples": 3, "seq_len": 8, **arguments})
 
 

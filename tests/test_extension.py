@@ -35,6 +35,15 @@ def test_without_a_compiler_it_says_how_to_get_one(monkeypatch, tmp_path):
     assert not ready and "--no-build-isolation" in detail
 
 
+def test_the_compiler_may_have_arguments(monkeypatch):
+    if extension._compiler() is None:
+        pytest.skip("no compiler")
+    monkeypatch.setenv("CXX", f"{sys.executable} 'an argument'")
+    assert extension._compiler() == [sys.executable, "an argument"]
+    monkeypatch.delenv("CXX")
+    assert len(extension._compiler()) == 1
+
+
 def test_a_broken_source_is_a_reason_with_the_compilers_words(monkeypatch, tmp_path):
     if extension._compiler() is None:
         pytest.skip("no compiler")

@@ -341,6 +341,16 @@ def test_an_exception_in_a_trial_point_leaves_the_module_usable(tmp_path):
     assert "loss" in fit.logged_metrics
 
 
+def test_a_learning_rate_scheduler_is_refused_by_name(tmp_path):
+    class Scheduled(Searched):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    with pytest.raises(KeyError, match="PatternSearch has no 'lr', only a radius"):
+        trainer(tmp_path).fit(Scheduled(), loader())
+
+
 # -- the ready-made tasks ----------------------------------------------------------------------
 
 
@@ -398,7 +408,11 @@ def test_a_task_refuses_what_is_no_model_and_no_radius():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
         PatternSearchTask(3)
     with pytest.raises(ValueError, match="radius must be"):
-        PatternSearchTask(nn.Linear(1, 1), float("nan")).configure_optimizers()
+        PatternSearchTask(nn.Linear(1, 1), float("nan"))
+    with pytest.raises(ValueError, match="pattern_search_radius must be > 0.0.*got -1"):
+        PatternSearchTask(nn.Linear(1, 1), -1)
+    with pytest.raises(ValueError, match="backend must be one of 'auto'.*got 'bogus'"):
+        PatternSearchTask(nn.Linear(1, 1), backend="bogus")
     with pytest.raises(ValueError, match="evaluations_per_batch must be >= 1"):
         PatternSearchTask(nn.Linear(1, 1), evaluations_per_batch=0)
 

@@ -529,6 +529,8 @@ def test_step_needs_a_closure():
         ({"radius": -1.0}, ValueError, "radius must be > 0.0"),
         ({"radius": math.nan}, ValueError, "radius must be .*got nan"),
         ({"radius": math.inf}, ValueError, "radius must be .*finite, got inf"),
+        ({"radius": 10**400}, ValueError, "radius must be .*finite, got 1000"),
+        ({"acceptance": ["first"]}, ValueError, r"acceptance must be one of .*\['first'\]"),
         ({"radius": "0.1"}, TypeError, "radius must be a number, got '0.1'"),
         ({"shrink": 1.0}, ValueError, "shrink must be .*< 1.0"),
         ({"expand": 0.5}, ValueError, "expand must be >= 1.0"),
@@ -562,6 +564,15 @@ def test_a_bad_radius_of_a_group_that_is_added_or_changed():
     optimizer.param_groups[0]["radius"] = 0.0  # as a schedule may end
     optimizer.step(lambda: p.sum())
     assert optimizer.converged
+
+
+def test_a_learning_rate_scheduler_is_told_that_there_is_no_lr():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = PatternSearch([p])
+    for _ in range(2):
+        with pytest.raises(KeyError, match="PatternSearch has no 'lr', only a radius"):
+            torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        optimizer.load_state_dict(optimizer.state_dict())
 
 
 def test_inference_mode_is_refused_by_name():

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 import psfast
 
 
@@ -22,6 +24,19 @@ def test_the_import_is_light():
 def test_every_public_name_is_there():
     for name in psfast.__all__:
         assert getattr(psfast, name).__doc__, name
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: psfast.DecoderOnlyTransformer(dropout="a"), "dropout must be a number, got 'a'"),
+        (lambda: psfast.DecoderOnlyTransformer(dropout=1.0), "dropout must be .*< 1.0, got 1.0"),
+        (lambda: psfast.MaskedCrossEntropy(None), "ignore_index must be an integer, got None"),
+    ],
+)
+def test_bad_arguments_of_the_model_and_its_loss_are_named(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
 
 
 def test_info_names_versions_backends_and_packages():

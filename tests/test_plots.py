@@ -66,6 +66,12 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, write, message):
         plots.main([str(tmp_path)])
 
 
+def test_a_place_that_cannot_be_written_is_refused_in_one_line(run):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit, match="psfast.plots: error: .*/nope/x.png"):
+        plots.main([str(run), "--out", str(run / "nope/x.png")])
+
+
 def test_several_runs_are_refused(run):
     (run / "metrics.csv").write_text(HEADER)
     with pytest.raises(SystemExit, match="several"):

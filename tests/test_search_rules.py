@@ -325,6 +325,11 @@ def test_a_run_that_is_saved_and_resumed_continues_bit_for_bit(rule):
         assert torch.equal(p, q)
 
 
+def test_lengths_must_be_several():
+    with pytest.raises(TypeError, match="lengths must be a sequence of numbers, got 1.0"):
+        SimplexGradient(lengths=1.0)
+
+
 def test_a_state_of_another_working_set_is_refused():
     net, loss = network()
     optimizer = PatternSearch(net.parameters(), search=SimplexGradient(working_set=30))

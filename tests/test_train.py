@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,12 +62,12 @@ def here(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     threads = torch.get_num_threads()
 
     def start(*overrides):
         flags = [o for o in overrides if o.startswith("--")]
         rest = [o for o in overrides if not o.startswith("--")]
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it
         monkeypatch.setattr(sys, "argv", ["psfast-train", *flags, *TINY, *rest])
         train.main()
         return max(tmp_path.glob("**/.hydra"), key=lambda path: path.stat().st_mtime_ns).parent
@@ -220,6 +221,34 @@ def test_a_run_killed_in_mid_epoch_goes_on_bit_for_bit(tmp_path, here):
     assert summary["evaluations"] == whole["optimizer_states"][0]["search"]["evaluations"]
 
 
+def test_a_resumed_run_says_which_settings_are_its_checkpoints(here):
+    options = ["logger=none", "trainer.max_epochs=1"]
+    last = here(*options) / "checkpoints" / "last.ckpt"
+    more = ["logger=none", "trainer.max_epochs=2", f"ckpt_path={last}"]
+    message = r"task.pattern_search_radius=0.5 is not the optimizer's radius: .* checkpoint, 0.06"
+    with pytest.warns(UserWarning, match=message) as told:
+        resumed = here(*more, "task.pattern_search_radius=0.5", "seed=0")
+    assert json.loads((resumed / "summary.json").read_text())["radius"] == 0.06
+    assert not [w for w in told if "seed" in str(w.message)]  # the same one
+    with pytest.warns(UserWarning, match="seed=7 is not the optimizer's seed: .* checkpoint, 0"):
+        here(*more, "seed=7")
+
+
+@pytest.mark.parametrize(
+    "first, then, message",
+    [
+        ("pattern_search", "adam", "the same optimizer: its state has no .*betas.*, which Adam"),
+        ("adam", "pattern_search", "must come from a psfast.PatternSearch"),
+    ],
+)
+def test_a_checkpoint_of_another_optimizer_is_refused(here, capfd, first, then, message):
+    options = ["logger=none", "trainer.max_epochs=1"]
+    last = here(f"optimizer={first}", *options) / "checkpoints" / "last.ckpt"
+    with pytest.raises(SystemExit):
+        here(f"optimizer={then}", "logger=none", "trainer.max_epochs=2", f"ckpt_path={last}")
+    assert re.search(f"psfast-train: error: .*{message}", capfd.readouterr().err)
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
@@ -235,6 +264,11 @@ def test_a_run_killed_in_mid_epoch_goes_on_bit_for_bit(tmp_path, here):
         (["trainer.accumulate_grad_batches=2"], "accumulate_grad_batches=2"),
         (["save_dir=/dev/null/runs"], "/dev/null/runs"),
         (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        (["threads=0"], "threads must be >= 1, got 0"),
+        (["seed=-1"], "seed must be >= 0, got -1"),
+        (["logger=wandb", "logger.offline=maybe"], "logger.offline must be true, false or null"),
+        (["trainer.devices=2", "trainer.accelerator=cpu"], "2 devices by Trainer(devices=1)"),
+        (["task.backend=bogus"], "backend must be one of 'auto', 'fused'"),
     ],
 )
 def test_bad_input_ends_with_one_line(here, capfd, tmp_path, overrides, message):
