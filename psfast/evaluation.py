@@ -82,9 +82,8 @@ def _class_dim(criterion: Callable, outputs, targets) -> int | None:
 
 
 def sample_count(targets) -> int:
-    """How many samples a batch holds, by the first tensor of its targets."""
-    first = next((leaf for leaf in tree_leaves(targets) if isinstance(leaf, Tensor)), None)
-    return len(first) if first is not None and first.ndim else 1
+    """How many samples a batch holds, by the first tensor or array of its targets."""
+    return next((len(leaf) for leaf in tree_leaves(targets) if getattr(leaf, "ndim", 0)), 1)
 
 
 def supervised_positions(criterion: Callable, targets) -> Tensor | None:

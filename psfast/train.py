@@ -16,7 +16,7 @@ def train(config) -> None:
     from lightning.pytorch.loggers import CSVLogger
     from omegaconf import OmegaConf
 
-    from psfast.checks import check_count
+    from psfast.checks import check_count, check_number
     from psfast.lightning import (
         AcceptanceByTensor,
         KeptByCheckpoint,
@@ -31,6 +31,7 @@ def train(config) -> None:
         warnings.filterwarnings("ignore", message=not_of_use)
     logging.getLogger("lightning").propagate = False  # Hydra's would say it all again
     check_count("seed", config.seed, least=0)
+    check_number("seed", config.seed, below=2**32)  # of numpy, which Lightning seeds too
     check_count("threads", config.threads, optional=True)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     if config.threads is not None:
@@ -54,7 +55,7 @@ def train(config) -> None:
         summary = RunSummary()
         callbacks = [*instantiate(config.callbacks).values(), AcceptanceByTensor(), summary]
         if config.ckpt_path is not None:
-            keys = [override.partition("=")[0].lstrip("+") for override in hydra.overrides.task]
+            keys = [override.partition("=")[0].lstrip("+~") for override in hydra.overrides.task]
             callbacks.append(KeptByCheckpoint({k: OmegaConf.select(config, k) for k in keys}))
         trainer = instantiate(config.trainer, logger=loggers, callbacks=callbacks)
         if isinstance(task, PatternSearchMixin):
@@ -93,7 +94,8 @@ def _one_line(error: Exception) -> str:
         return f'{error}; install the training extra: pip install "psfast[train]"'
     if type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split()) or type(error).__name__
+    words = error.args[0] if isinstance(error, KeyError) and error.args else error  # unquoted
+    return " ".join(str(words).split()) or type(error).__name__
 
 
 if __name__ == "__main__":
