@@ -63,8 +63,8 @@ class _Group(dict):
 
     def __missing__(self, key):
         raise KeyError(
-            f"PatternSearch has no {key!r}, only a radius: leave out schedulers and monitors of the "
-            "learning rate, and set optimizer.radius"
+            f"PatternSearch has no {key!r}, only a radius: leave out schedulers and monitors of "
+            "the learning rate, and set optimizer.radius"
         )
 
 
