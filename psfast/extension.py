@@ -123,8 +123,10 @@ def why_no_build() -> str | None:
     if sys.platform == "win32":
         return "the C++ extension builds with g++ or clang++ only, not on Windows"
     if _compiler() is None:
+        named = os.environ.get("CXX")
+        missing = f"CXX={named!r} names no program here" if named else "there is no C++ compiler"
         return (
-            "the C++ extension is not built and there is no C++ compiler: install g++ or "
+            f"the C++ extension is not built and {missing}: install g++ or "
             "clang++ (or set CXX), or install psfast with --no-build-isolation where one is"
         )
     return None

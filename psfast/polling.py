@@ -86,6 +86,7 @@ class WorkingSetPoll:
     def __init__(self, seed: int, flat: FlatParameters, settings: SimplexGradient):
         self.seed, self.flat, self.settings = seed, flat, settings
         self._window: Window | None = None
+        self._measured: Window | None = None
         self._place: Tensor | None = None
 
     def most(self, poll: PollState) -> int:
@@ -109,19 +110,25 @@ class WorkingSetPoll:
         return self._window
 
     def points(self, poll: PollState, index: Tensor, delta: Tensor, losses: Tensor) -> list:
-        """Points along the slopes, each as (index, change); what the losses say is kept."""
+        """Points along the slopes, each as (index, change).
+
+        What the losses say is kept by ``advance``: an exception before it leaves no trace.
+        """
+        self._measured = None
         incumbent = search.comparable(poll.incumbent)
         if not math.isfinite(incumbent):
             return []
         slope = (losses.to(delta.device) - incumbent) / delta
-        self._window = search_simplex.measure(self._window, self._place, slope, self.settings)
+        measured = search_simplex.measure(self._window, self._place, slope, self.settings)
         noise = 2 * torch.finfo(delta.dtype).eps * abs(incumbent) / delta.abs()
-        along = search_simplex.direction(self._window, self._place, noise, self.settings)
+        along = search_simplex.direction(measured, self._place, noise, self.settings)
+        self._measured = measured
         values = self.flat.buffer[index]
         changes = search_simplex.points_along(along, values, delta.abs(), self.settings)
         return [(index, change) for change in changes]
 
     def advance(self, poll: PollState, decision: Decision) -> tuple[PollState, bool]:
+        self._window = self._measured or self._window
         return search_simplex.advance_window(poll, decision, self._window, 2 * self.flat.size)
 
     def state_dict(self) -> dict:

@@ -30,7 +30,8 @@ def test_the_import_loads_nothing():
 def test_without_a_compiler_it_says_how_to_get_one(monkeypatch, tmp_path):
     monkeypatch.setattr(extension, "_built_library", lambda: None)
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
-    assert "install g++ or clang++" in extension.load.__wrapped__()
+    reason = extension.load.__wrapped__()
+    assert "no-compiler' names no program here: install g++ or clang++" in reason
     ready, detail = extension.status()
     assert not ready and "--no-build-isolation" in detail
 

@@ -382,6 +382,35 @@ def test_an_exception_in_the_loss_of_a_point_leaves_the_incumbent():
     assert optimizer.step(loss) < 4.0
 
 
+@pytest.mark.parametrize("at", range(1, 18))
+def test_a_step_that_was_interrupted_is_repeated_as_if_nothing_had_been(at):
+    def run(at=None):
+        x = nn.Parameter(torch.arange(1.0, 7.0, dtype=torch.float64))
+        optimizer = PatternSearch([x], search=SimplexGradient(), radius=0.1, max_evaluations=6)
+        calls = 0
+
+        def loss():
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise KeyboardInterrupt
+            return x.square().sum()
+
+        while True:
+            try:
+                optimizer.step(loss)
+                break
+            except KeyboardInterrupt:
+                continue
+        for _ in range(5):
+            optimizer.step(lambda: x.square().sum())
+        return x.tolist(), optimizer.state_dict()["search"], optimizer.state_dict()["slopes"]
+
+    (values, search, slopes), (expected, expected_search, expected_slopes) = run(at), run()
+    assert values == expected and search == expected_search
+    assert all(torch.equal(slopes[name], expected_slopes[name]) for name in slopes)
+
+
 def test_minibatches_and_dropout_do_not_shrink_the_radius():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, 1))
