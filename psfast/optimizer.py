@@ -176,7 +176,7 @@ class PatternSearch(torch.optim.Optimizer):
         self._evaluate_incumbent(objective)
         before, radius, accepted, speculated, failed = self._poll, self.radius, [], 0, False
         while not accepted and not failed:
-            size = self._block_size(before)
+            size = self._block_size(objective, before)
             if size < 1:
                 break
             index, sign = self._rule.block(self._poll, size)
@@ -260,7 +260,7 @@ class PatternSearch(torch.optim.Optimizer):
     def _restart_poll(self) -> None:
         self._poll = self._poll._replace(tried=0, nan=0, window_tried=0)
 
-    def _block_size(self, before: PollState) -> int:
+    def _block_size(self, objective: Objective, before: PollState) -> int:
         """Trial points to evaluate next; 0 when the step's ``max_evaluations`` are used up."""
         poll, total = self._poll, 2 * self._flat.size
         left = total - poll.tried
@@ -276,7 +276,8 @@ class PatternSearch(torch.optim.Optimizer):
         # Blocks of a fraction of a second keep progress and Ctrl-C alive. Under "first" the
         # size of a block decides nothing, so the clock may have a say in it.
         timely = int(_BLOCK_SECONDS / self._seconds_per_point)
-        return min(search.block_size(poll), left, max(1, timely), _LARGEST_BLOCK)
+        size = search.block_size(poll, objective.overhead)
+        return min(size, left, max(1, timely), _LARGEST_BLOCK)
 
     def _radius_of(self, index: Tensor) -> float | Tensor:
         """The radius of all coordinates, or (K,) of each where the groups' differ."""

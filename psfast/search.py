@@ -180,16 +180,17 @@ def comparable(loss: float | None) -> float:
     return math.inf if loss is None or math.isnan(loss) else loss
 
 
-def block_size(state: PollState) -> int:
+def block_size(state: PollState, overhead: float = 8.0) -> int:
     """How many trial points to evaluate next: few while much improves, many while nothing does.
 
-    A block costs some h trial points beside its own, and half of the one that succeeds is
-    thrown away, so with acceptance probability p about sqrt(2 h / p) trial points cost least
-    (h near 8 here), and no more than about 1/p; while nothing improves, blocks grow with
-    the number of failures.
+    overhead: what a block costs beside its trial points, in trial points
+
+    Half of a block that succeeds is thrown away, so with acceptance probability p about
+    sqrt(2 overhead / p) trial points cost least, and no more than about 1/p; while nothing
+    improves, blocks grow with the number of failures.
     """
     gap = state.mean_gap
-    return max(1, round(min(0.8 * gap, 4.0 * math.sqrt(gap))), state.tried // 4)
+    return max(1, round(min(0.8 * gap, math.sqrt(2.0 * overhead * gap))), state.tried // 4)
 
 
 def advance(state: PollState, decision: Decision, total: int) -> tuple[PollState, bool]:
