@@ -21,8 +21,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     torch computes float32 products with MKL, which leaves half of the machine unused where it
     does not know the processor (measured: 105 of 256 GFLOP/s a core on an AMD Zen 5; oneDNN
-    200 to 250, at 10 us more a call). A row's bits depend on neither the number of rows nor
-    its place, if there are two or more.
+    200 to 250, at 10 us more a call). How many rows there are does not change the bits, where
+    it changes the library.
     """
     is_eligible = x.dtype == torch.float32 and x.device.type == "cpu" and weight.dim() == 2
     if is_eligible and weight.shape[1] >= _LEAST_WIDTH and (bias is None or bias.dim() == 1):

@@ -294,7 +294,8 @@ class BatchedObjective(Objective):
         ):
             return
         self._evaluator.prepare(plan)
-        most = self.workspace // max(_TEMPORARY * plan.sparse_bytes, 1)
+        # half of the workspace for the sparse values, half for what is stacked of them
+        most = self.workspace // 2 // max(_TEMPORARY * plan.sparse_bytes, 1)
         if self.device.type == "cpu":
             most = min(most, max(self._most(plan), _SPARSE_CACHED // max(plan.sparse_bytes, 1)))
         step = min(max(1, most), _LARGEST_CHUNK)
@@ -369,7 +370,7 @@ class BatchedObjective(Objective):
         if plan.number not in self._chunks:
             self._evaluator.prepare(plan)
             alive, typical = plan.footprint(self._evaluator.graph.nodes)
-            bound = self.workspace // max(alive, 1)
+            bound = self.workspace // 2 // max(alive, 1)
             if self.device.type == "cpu":
                 bound = min(bound, _CACHED * torch.get_num_threads() // max(typical, 1))
             bound = min(max(bound, self._incumbent.copies), _LARGEST_CHUNK)
