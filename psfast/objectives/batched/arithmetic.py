@@ -5,7 +5,7 @@ from one day to the next. Where two ways share one operation, by size, they give
 """
 
 import platform
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def _has_onednn() -> bool:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _products_agree(width: int, out: int) -> bool:
     """Whether both libraries give the same bits: where they do not, few rows go to oneDNN too.
 
@@ -79,7 +79,7 @@ def _transposed_log_softmax(rows: Tensor) -> Tensor:
     return torch.log_softmax(rows.t().contiguous(), 0).t().contiguous()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _log_softmax_agrees(classes: int) -> bool:
     (rows,) = _random((4 * _ROWS_AT_A_TIME, classes))
     return torch.equal(torch.log_softmax(rows, 1), _transposed_log_softmax(rows))
