@@ -25,7 +25,7 @@ class CompletePoll:
     """
 
     whole_blocks = False  # what follows the accepted trial point in a block is not decided
-    decrease = 0.0  # the least that a point must gain, in squared radii
+    least_decrease = 0.0  # of a point of the search, in squared radii
 
     def __init__(self, seed: int, flat: FlatParameters):
         self.seed, self.flat = seed, flat
@@ -76,7 +76,7 @@ class WorkingSetPoll:
     """
 
     whole_blocks = True
-    decrease = 1e-4
+    least_decrease = 1e-4
 
     def __init__(self, seed: int, flat: FlatParameters, settings: SimplexGradient):
         self.seed, self.flat, self.settings = seed, flat, settings
