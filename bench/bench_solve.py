@@ -34,6 +34,12 @@ BLOCK = 256
 # radii were not tuned for the plain rules.
 RULES = {
     DEFAULT: {"radius": 0.06, "acceptance": "best", "search": SimplexGradient(decay=0.2)},
+    "psfast: with the trail": {
+        "radius": 0.06,
+        "acceptance": "best",
+        "search": SimplexGradient(decay=0.2, fade=0.5),
+        "block_size": 128,
+    },
     "psfast: best of block": {"radius": 0.1, "acceptance": "best"},
     "psfast: first": {"radius": 0.1},
 }
@@ -90,8 +96,10 @@ def steps(method: str, problem: Problem):
 
 
 def _pattern_search_steps(rule: dict, problem: Problem):
+    block = rule.get("block_size", BLOCK)
     optimizer = psfast.PatternSearch(
-        problem.flat.params, **rule, block_size=BLOCK, max_evaluations=BLOCK, seed=problem.seed
+        problem.flat.params,
+        **{**rule, "block_size": block, "max_evaluations": block, "seed": problem.seed},
     )
     objective = None
     for number, inputs, targets in problem.batches():

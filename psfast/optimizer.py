@@ -392,7 +392,7 @@ class PatternSearch(torch.optim.Optimizer):
 
     def state_dict(self) -> dict:
         """Plain numbers: radii in the param groups, the rest under "search". With a search
-        step also the three (W,) tensors that it has measured, under "slopes".
+        step also the (W,) tensors that it has measured, under "slopes".
 
         Loaded beside the parameters of the same moment, in either order, the search goes on
         bit for bit, also from the middle of a poll.

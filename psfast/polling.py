@@ -112,9 +112,14 @@ class WorkingSetPoll:
         self._window = search_simplex.measure(self._window, self._place, slope, self.settings)
         noise = 2 * torch.finfo(delta.dtype).eps * abs(incumbent) / delta.abs()
         along = search_simplex.direction(self._window, self._place, noise, self.settings)
-        values = self.flat.buffer[index]
-        changes = search_simplex.points_along(along, values, delta.abs(), self.settings)
-        return [(index, change) for change in changes]
+        step = delta.abs() * (along - self.settings.decay * self.flat.buffer[index])
+        points = [(index, step * length) for length in self.settings.lengths]
+        if self.settings.fade:
+            self._window = search_simplex.follow(self._window, self._place, step, self.settings)
+            moved = self._window.trail.nonzero().squeeze(1)
+            index, step = self._window.index[moved], self._window.trail[moved]
+            points += [(index, step * length) for length in self.settings.lengths]
+        return points
 
     def advance(self, poll: PollState, decision: Decision) -> tuple[PollState, bool]:
         return search_simplex.advance_window(poll, decision, self._window, 2 * self.flat.size)

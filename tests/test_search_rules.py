@@ -15,6 +15,7 @@ from psfast.search_simplex import (
     advance_window,
     begin_lap,
     direction,
+    follow,
     live_total,
     measure,
     new_window,
@@ -26,6 +27,7 @@ RULES = {
     "first": {},
     "best": {"acceptance": "best"},
     "simplex": {"search": SimplexGradient()},
+    "simplex, fading": {"search": SimplexGradient(fade=0.5)},
     "simplex in parts": {"search": SimplexGradient(working_set=7), "acceptance": "best"},
 }
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -175,12 +177,39 @@ def test_slopes_below_the_rounding_of_the_loss_are_not_amplified():
     assert abs(u[0]) < 1e-2 and u[1] < -0.99
 
 
+def test_the_trail_fades_is_overwritten_and_ends():
+    settings = SimplexGradient(fade=0.5)
+    window = new_window(0, 0, 0, 6, settings, torch.zeros((), dtype=torch.float64))
+    window = follow(window, torch.tensor([0, 1]), torch.tensor([1.0, -4.0]).double(), settings)
+    window = follow(window, torch.tensor([1, 2]), torch.tensor([3.0, 2.0]).double(), settings)
+    torch.testing.assert_close(window.trail, torch.tensor([0.5, 3, 2, 0, 0, 0]).double())
+    for _ in range(10):
+        window = follow(window, torch.tensor([5]), torch.tensor([1.0]).double(), settings)
+    assert window.trail.nonzero().squeeze(1).tolist() == [5]
+
+
+def test_a_point_with_the_trail_moves_the_earlier_block_too():
+    x = nn.Parameter(torch.zeros(8, dtype=torch.float64))
+    search = SimplexGradient(lengths=(1.0,), fade=0.5)
+    optimizer = PatternSearch([x], radius=0.1, search=search, block_size=4)
+    slopes = torch.arange(1.0, 9.0).double()
+    optimizer.step(lambda: x @ slopes)
+    first = x.detach().clone()
+    assert (first == -0.1).sum() == 4 and (first == 0).sum() == 4
+    optimizer.step(lambda: x @ slopes)
+    moved = (x.detach() - first).abs()
+    torch.testing.assert_close(moved, torch.where(first == 0, 0.1, 0.05).double())
+    assert optimizer.last_poll.evaluations == 4 + 2
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
         ({"working_set": 0}, "working_set"),
         ({"lengths": ()}, "lengths"),
         ({"lengths": (1.0, -1.0)}, "lengths"),
+        ({"fade": 1.0}, "fade"),
+        ({"fade": -0.1}, "fade"),
         ({"momentum": 1.0}, "momentum"),
         ({"square_momentum": -0.1}, "square_momentum"),
         ({"decay": -1.0}, "decay"),
