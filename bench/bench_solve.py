@@ -6,8 +6,8 @@
 Every method gets the same start, training set, batches and dropout, and is scored on the same
 validation set in eval mode. A trial point is one evaluation of the batch's loss; an Adam step
 counts as three (forward and backward). The seconds are those of training alone, and of the
-machine as it was; peers evaluate their populations with ``torch.func.vmap``. The curves are
-appended to ``results/solve.csv``; ``--report`` makes the table and the plot of them.
+machine as it was; peers evaluate their populations in batches (``population.py``). The curves
+are appended to ``results/solve.csv``; ``--report`` makes the table and the plot of them.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from collections import defaultdict
 import torch
 from harness import RESULTS, SIZES, append_rows
 from peers import PEERS, SETTINGS
+from population import Population
 from torch import Tensor
 
 import psfast
@@ -33,6 +34,12 @@ BLOCK = 256
 # radii were not tuned for the plain rules.
 RULES = {
     DEFAULT: {"radius": 0.06, "acceptance": "best", "search": SimplexGradient(decay=0.2)},
+    "psfast: with the trail": {
+        "radius": 0.06,
+        "acceptance": "best",
+        "search": SimplexGradient(decay=0.2, fade=0.5),
+        "block_size": 128,
+    },
     "psfast: best of block": {"radius": 0.1, "acceptance": "best"},
     "psfast: first": {"radius": 0.1},
 }
@@ -73,21 +80,6 @@ class Problem:
         right = logits.argmax(-1)[supervised] == self.val.y[supervised]
         return self.criterion(logits, self.val.y).item(), right.float().mean().item()
 
-    def population_losses(self, points: Tensor, inputs, targets, number: int) -> Tensor:
-        """The losses (P,) of whole parameter vectors (P, N), all with one dropout mask."""
-        torch.manual_seed(derive_seed(self.seed, number))
-        names = [name for name, _ in self.model.named_parameters()]
-
-        def loss(vector: Tensor) -> Tensor:
-            pieces = vector.split([p.numel() for p in self.flat.params])
-            shaped = [v.view_as(p) for v, p in zip(pieces, self.flat.params, strict=True)]
-            values = dict(zip(names, shaped, strict=True))
-            logits = torch.func.functional_call(self.model, values, (inputs,))
-            return self.criterion(logits, targets)
-
-        with torch.no_grad():
-            return torch.func.vmap(loss, randomness="same", chunk_size=32)(points)
-
 
 def steps(method: str, problem: Problem):
     """Train; yields the trial points of each step."""
@@ -104,8 +96,10 @@ def steps(method: str, problem: Problem):
 
 
 def _pattern_search_steps(rule: dict, problem: Problem):
+    block = rule.get("block_size", BLOCK)
     optimizer = psfast.PatternSearch(
-        problem.flat.params, **rule, block_size=BLOCK, max_evaluations=BLOCK, seed=problem.seed
+        problem.flat.params,
+        **{**rule, "block_size": block, "max_evaluations": block, "seed": problem.seed},
     )
     objective = None
     for number, inputs, targets in problem.batches():
@@ -136,22 +130,26 @@ def _gradient_steps(problem: Problem):
 
 
 def _peer_steps(method: str, problem: Problem):
+    population = Population(problem.model, problem.criterion)
     batches, evaluated = problem.batches(), 0
-    batch = next(batches)
+    number, inputs, targets = next(batches)
 
     def population_losses(points: Tensor) -> Tensor:
         nonlocal evaluated
         evaluated += len(points)
-        number, inputs, targets = batch
-        return problem.population_losses(points, inputs, targets, number)
+        return population.losses(points, inputs, targets, derive_seed(problem.seed, number))
 
-    generator = torch.Generator().manual_seed(problem.seed)
     start = problem.flat.buffer.clone()
+    torch.manual_seed(derive_seed(problem.seed, number))
+    expected = problem.criterion(problem.model(inputs), targets).detach()
+    torch.testing.assert_close(population_losses(start[None])[0], expected)
+    evaluated = 0
+    generator = torch.Generator().manual_seed(problem.seed)
     for x in PEERS[method](start, population_losses, generator, **SETTINGS[method]):
         problem.flat.buffer.copy_(x)
         before, evaluated = evaluated, 0
         yield before
-        batch = next(batches)
+        number, inputs, targets = next(batches)
 
 
 def run(method: str, size: str, seed: int, budget: int, most_seconds: float) -> list[dict]:

@@ -111,12 +111,13 @@ def failing_reference_poll(model, loss, count: int):
     return run
 
 
-_UNIFORM = torch.rand(1 << 16, generator=torch.Generator().manual_seed(1)).tolist()
+_PERIOD, _LARGEST_BLOCK = 1 << 16, 1 << 14
+_UNIFORM = torch.rand(_PERIOD, generator=torch.Generator().manual_seed(1)).tolist()
 
 
 def forced(position: int, probability: float) -> bool:
     """Whether trial point ``position`` of a run improves: fixed, and with ``probability``."""
-    return _UNIFORM[position % len(_UNIFORM)] < probability
+    return _UNIFORM[position % _PERIOD] < probability
 
 
 # Blocks of up to so many trial points stop at the first one that improves.
@@ -134,22 +135,23 @@ class ForcedOutcomes(Objective):
 
     def __init__(self, inner: Objective, probability: float):
         super().__init__(inner.params)
-        self.inner, self.probability = inner, probability
+        self.inner, self.probability, self.overhead = inner, probability, inner.overhead
         self.position, self.level = 0, 0.0
+        self._improves = [forced(k, probability) for k in range(_PERIOD + _LARGEST_BLOCK)]
+        self._changes = 1.0 - 2.0 * torch.tensor(self._improves, dtype=torch.float64)
 
     def __call__(self) -> Tensor:
         return torch.tensor(self.level, dtype=torch.float64)
 
     def losses(self, index, delta, *, stop_below=None) -> Tensor:
-        outcomes = [forced(self.position + k, self.probability) for k in range(len(index))]
-        stops = len(index) <= _STOPPING.get(self.inner.backend, 0)
-        if stop_below is not None and stops and any(outcomes):
-            outcomes = outcomes[: outcomes.index(True) + 1]
-        count = len(outcomes)
+        start, count = self.position % _PERIOD, len(index)
+        outcomes = self._improves[start : start + count]
+        decided = outcomes.index(True) + 1 if True in outcomes else count
+        if stop_below is not None and count <= _STOPPING.get(self.inner.backend, 0):
+            count = decided
         self.inner.losses(index[:count], delta[:count])
-        self.position += outcomes.index(True) + 1 if any(outcomes) else count
-        losses = [self.level - 1.0 if lower else self.level + 1.0 for lower in outcomes]
-        return torch.tensor(losses, dtype=torch.float64)
+        self.position += decided
+        return self.level + self._changes[start : start + count]
 
     def accept(self, index, delta) -> None:
         self.level -= 1.0

@@ -21,7 +21,7 @@ from psfast.flat import (
 from psfast.objectives.base import Objective
 from psfast.objectives.serial import SerialObjective
 from psfast.polling import CompletePoll, WorkingSetPoll
-from psfast.search import Decision, PollState, comparable
+from psfast.search import Decision, PollState
 from psfast.search_simplex import SimplexGradient
 
 _LARGEST_BLOCK = 16384
@@ -30,6 +30,7 @@ _SEARCH_BLOCK = 256
 _BLOCK_SECONDS = 0.25
 _PROGRESS_SECONDS = 0.1
 _NOT_COPIED = ("progress", "step", "_flat", "_serial", "_rule")
+_NOISE_POINTS = 8
 _ACCEPTANCES = {
     "first": search.first_improvement,
     "best": search.best_improvement,
@@ -85,6 +86,12 @@ class PatternSearch(torch.optim.Optimizer):
         before its trial points; None polls only
     shrink: factor in (0, 1) applied to the radius when a poll fails, and only then
     expand: factor >= 1 applied to the radius when a trial point is accepted
+    decrease: a loss counts as lower only if it is below the incumbent's by more than
+        decrease radius^2 (sufficient decrease; Kolda, Lewis & Torczon 2003). Points of the
+        search lie off the poll's lattice and need at least 1e-4 radius^2.
+    noise: standard deviation of the loss's own error, from sampling or from rounding; what it
+        can feign does not count as lower. None measures it, by 8 evaluations along a tiny
+        line, before the first poll and after every failed one (Moré & Wild 2011).
     min_radius: below it, a radius counts as converged; when all are, ``step`` is free
     max_evaluations: most trial points decided in one step; None: until accepted or failed
     block_size: trial points evaluated together; None adapts. With "first" it changes the
@@ -112,6 +119,8 @@ class PatternSearch(torch.optim.Optimizer):
         acceptance: str = "first",
         shrink: float = 0.5,
         expand: float = 1.0,
+        decrease: float = 0.0,
+        noise: float | None = 0.0,
         min_radius: float = 0.0,
         max_evaluations: int | None = None,
         block_size: int | None = None,
@@ -121,6 +130,9 @@ class PatternSearch(torch.optim.Optimizer):
         check_number("radius", radius, above=0.0)
         check_number("shrink", shrink, above=0.0, below=1.0)
         check_number("expand", expand, at_least=1.0)
+        check_number("decrease", decrease, at_least=0.0)
+        if noise is not None:
+            check_number("noise", noise, at_least=0.0)
         check_number("min_radius", min_radius, at_least=0.0)
         check_count("max_evaluations", max_evaluations, optional=True)
         check_count("block_size", block_size, optional=True)
@@ -133,6 +145,7 @@ class PatternSearch(torch.optim.Optimizer):
         super().__init__(params, {"radius": radius})
         self.acceptance = acceptance
         self.shrink, self.expand, self.min_radius = shrink, expand, min_radius
+        self.decrease, self.noise = decrease, noise
         self.max_evaluations, self.block_size = max_evaluations, block_size
         self.search, self.seed = search, seed
         self.progress: Callable[[int, int], None] | None = None
@@ -203,14 +216,15 @@ class PatternSearch(torch.optim.Optimizer):
         self._evaluate_incumbent(objective)
         before, radius, accepted, speculated, failed = self._poll, self.radius, [], 0, False
         while not accepted and not failed:
-            size = self._block_size(before)
+            size = self._block_size(objective, before)
             if size < 1:
                 break
             index, sign = self._rule.block(self._poll, size)
             delta = sign * self._radius_of(index)
-            losses = self._losses(objective, index, delta)
+            bar = self._bar(self.decrease)
+            losses = self._losses(objective, index, delta, bar)
             points = self._rule.points(self._poll, index, delta, losses)
-            decision = self._decide(objective, losses, points)
+            decision = self._decide(objective, losses, points, bar)
             speculated += len(losses) - decision.decided
             if decision.success:
                 accepted = self._accept(objective, index, delta, points, decision)
@@ -288,11 +302,28 @@ class PatternSearch(torch.optim.Optimizer):
         if known is None or not (value == known or (math.isnan(value) and math.isnan(known))):
             self._restart_poll()
         self._poll = self._poll._replace(incumbent=value)
+        if self.noise is None and self._poll.noise is None:
+            self._measure_noise(objective)
+
+    def _measure_noise(self, objective: Objective) -> None:
+        """Losses along a line on which only the last few bits of the parameters change."""
+        buffer = self._flat.buffer
+        scale = max(buffer.abs().max().item(), self.radius)
+        index = torch.arange(len(buffer), device=buffer.device)
+        delta = torch.full_like(buffer, 4 * torch.finfo(buffer.dtype).eps * scale)
+        losses = [objective.loss_at(index, k * delta).item() for k in range(1, _NOISE_POINTS + 1)]
+        self._poll = self._poll._replace(noise=search.noise_level(losses))
+
+    def _bar(self, decrease: float) -> float:
+        """What a loss must lie below now, ``decrease`` in squared radii under the incumbent's."""
+        noise = self._poll.noise if self.noise is None else self.noise
+        floor = search.noise_floor(noise, 2 * self._flat.size) if noise else 0.0
+        return search.acceptance_bar(self._poll.incumbent, max(self._radii), decrease, floor)
 
     def _restart_poll(self) -> None:
         self._poll = self._poll._replace(tried=0, nan=0, window_tried=0)
 
-    def _block_size(self, before: PollState) -> int:
+    def _block_size(self, objective: Objective, before: PollState) -> int:
         """Trial points to evaluate next; 0 when the step's ``max_evaluations`` are used up."""
         poll, total = self._poll, 2 * self._flat.size
         left = total - poll.tried
@@ -308,7 +339,8 @@ class PatternSearch(torch.optim.Optimizer):
         # Blocks of a fraction of a second keep progress and Ctrl-C alive. Under "first" the
         # size of a block decides nothing, so the clock may have a say in it.
         timely = int(_BLOCK_SECONDS / self._seconds_per_point)
-        return min(search.block_size(poll), left, max(1, timely), _LARGEST_BLOCK)
+        size = search.block_size(poll, objective.overhead)
+        return min(size, left, max(1, timely), _LARGEST_BLOCK)
 
     def _radius_of(self, index: Tensor) -> float | Tensor:
         """The radius of all coordinates, or (K,) of each where the groups' differ."""
@@ -320,25 +352,23 @@ class PatternSearch(torch.optim.Optimizer):
         bounds = torch.tensor(self._flat.offsets[1:], device=buffer.device)
         return radii[torch.bucketize(index, bounds, right=True)]
 
-    def _losses(self, objective: Objective, index: Tensor, delta: Tensor) -> Tensor:
+    def _losses(self, objective: Objective, index: Tensor, delta: Tensor, bar: float) -> Tensor:
         started = time.perf_counter()
         one_is_enough = self.acceptance == "first" and not self._rule.whole_blocks
-        stop = comparable(self._poll.incumbent) if one_is_enough else None
-        losses = objective.losses(index, delta, stop_below=stop)
+        losses = objective.losses(index, delta, stop_below=bar if one_is_enough else None)
         seconds = (time.perf_counter() - started) / len(losses)
         self._seconds_per_point = max(1e-9, seconds)
         return losses
 
-    def _decide(self, objective: Objective, losses: Tensor, points: list) -> Decision:
-        incumbent = comparable(self._poll.incumbent)
-        decision = _ACCEPTANCES[self.acceptance](losses, incumbent)
+    def _decide(self, objective: Objective, losses: Tensor, points: list, bar: float) -> Decision:
+        decision = _ACCEPTANCES[self.acceptance](losses, bar)
         if self._rule.whole_blocks:
             decision = decision._replace(decided=len(losses))
         if not points:
             return decision
         values = [objective.loss_at(index, delta).item() for index, delta in points]
-        decrease = self._rule.decrease * self.radius**2
-        return search.with_points(decision, values, incumbent, decrease)
+        bar = self._bar(max(self.decrease, self._rule.least_decrease))
+        return search.with_points(decision, values, bar)
 
     @staticmethod
     def _accept(objective, index, delta, points, decision) -> list[tuple[int, float]]:
@@ -354,7 +384,9 @@ class PatternSearch(torch.optim.Optimizer):
         """Take the decision into the state; returns whether the poll failed."""
         total, nan = 2 * self._flat.size, self._poll.nan + decision.nan
         poll, failed = self._rule.advance(self._poll, decision)
-        self._poll = poll._replace(evaluations=poll.evaluations + n_points)
+        self._poll = poll._replace(
+            evaluations=poll.evaluations + n_points, noise=None if failed else poll.noise
+        )
         if failed and nan == total:
             warnings.warn(
                 f"the loss was NaN at all {total} trial points; the poll failed",
@@ -420,7 +452,7 @@ class PatternSearch(torch.optim.Optimizer):
 
     def state_dict(self) -> dict:
         """Plain numbers: radii in the param groups, the rest under "search". With a search
-        step also the three (W,) tensors that it has measured, under "slopes".
+        step also the (W,) tensors that it has measured, under "slopes".
 
         Loaded beside the parameters of the same moment, in either order, the search goes on
         bit for bit, also from the middle of a poll.

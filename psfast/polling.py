@@ -25,7 +25,7 @@ class CompletePoll:
     """
 
     whole_blocks = False  # what follows the accepted trial point in a block is not decided
-    decrease = 0.0  # the least that a point must gain, in squared radii
+    least_decrease = 0.0  # of a point of the search, in squared radii
 
     def __init__(self, seed: int, flat: FlatParameters):
         self.seed, self.flat = seed, flat
@@ -81,7 +81,7 @@ class WorkingSetPoll:
     """
 
     whole_blocks = True
-    decrease = 1e-4
+    least_decrease = 1e-4
 
     def __init__(self, seed: int, flat: FlatParameters, settings: SimplexGradient):
         self.seed, self.flat, self.settings = seed, flat, settings
@@ -122,10 +122,15 @@ class WorkingSetPoll:
         measured = search_simplex.measure(self._window, self._place, slope, self.settings)
         noise = 2 * torch.finfo(delta.dtype).eps * abs(incumbent) / delta.abs()
         along = search_simplex.direction(measured, self._place, noise, self.settings)
+        step = delta.abs() * (along - self.settings.decay * self.flat.buffer[index])
+        points = [(index, step * length) for length in self.settings.lengths]
+        if self.settings.fade:
+            measured = search_simplex.follow(measured, self._place, step, self.settings)
+            moved = measured.trail.nonzero().squeeze(1)
+            index, step = measured.index[moved], measured.trail[moved]
+            points += [(index, step * length) for length in self.settings.lengths]
         self._measured = measured
-        values = self.flat.buffer[index]
-        changes = search_simplex.points_along(along, values, delta.abs(), self.settings)
-        return [(index, change) for change in changes]
+        return points
 
     def advance(self, poll: PollState, decision: Decision) -> tuple[PollState, bool]:
         self._window = self._measured or self._window

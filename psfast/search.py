@@ -8,6 +8,7 @@ problems"; Torczon (1997), "On the convergence of pattern search algorithms"; Ko
 Torczon (2003), "Optimization by direct search".
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -32,6 +33,7 @@ class PollState(NamedTuple):
     evaluations: trial points decided so far
     nan: how many of the tried ones had a NaN loss
     incumbent: the incumbent's loss, or None before the first step
+    noise: the loss's noise as measured before this poll, None if it was not
     mean_gap: running mean of the trial points between two accepted ones
     window: number of the working set that is polled (``psfast.search_simplex``)
     window_tried: how many of the tried ones are its, in this lap
@@ -45,6 +47,7 @@ class PollState(NamedTuple):
     polls: int = 0
     evaluations: int = 0
     incumbent: float | None = None
+    noise: float | None = None
     mean_gap: float = 1.0
     window: int = 0
     window_tried: int = 0
@@ -75,11 +78,13 @@ class Decision(NamedTuple):
 def check_state(state: PollState, total: int) -> None:
     """Raise for a state that no search of ``total`` = 2N trial points can be in."""
     for name, value in state._asdict().items():
-        if name not in ("incumbent", "mean_gap"):
+        if name not in ("incumbent", "noise", "mean_gap"):
             check_count(f"the state's {name}", value, least=0)
     if state.tried >= total:
         raise ValueError(f"the state's tried must be < {total}, got {state.tried}")
     check_number("the state's mean_gap", state.mean_gap, above=0.0)
+    if state.noise is not None:
+        check_number("the state's noise", state.noise, at_least=0.0)
     if not isinstance(state.incumbent, (int, float, type(None))):
         raise TypeError(f"the state's incumbent must be a number or None, got {state.incumbent!r}")
 
@@ -136,8 +141,8 @@ def coordinates(entries: Tensor) -> tuple[Tensor, Tensor]:
     return entries >> 1, 1 - 2 * (entries & 1)
 
 
-def first_improvement(losses: Tensor, incumbent: float) -> Decision:
-    """Opportunistic acceptance: the first lower loss in poll order (Torczon 1997).
+def first_improvement(losses: Tensor, bar: float) -> Decision:
+    """Opportunistic acceptance: the first loss below the bar in poll order (Torczon 1997).
 
     losses: (K,); NaN compares false, so it never wins, and minus infinity is passed over.
     """
@@ -145,26 +150,26 @@ def first_improvement(losses: Tensor, incumbent: float) -> Decision:
         values = losses.tolist()
         nan = sum(map(math.isnan, values))
         for place, loss in enumerate(values):
-            if loss < incumbent and loss != -math.inf:
+            if loss < bar and loss != -math.inf:
                 return Decision(place, loss, place + 1, nan)
         return Decision(None, math.nan, len(values), nan)
-    lower = losses < incumbent
+    lower = losses < bar
     decision = _decision(losses, lower.to(torch.uint8).argmax(), lower.any())
     if decision.chosen is None:
         return decision
     if decision.loss == -math.inf:
-        return first_improvement(losses.masked_fill(losses == -math.inf, math.inf), incumbent)
+        return first_improvement(losses.masked_fill(losses == -math.inf, math.inf), bar)
     return decision._replace(decided=decision.chosen + 1)
 
 
-def best_improvement(losses: Tensor, incumbent: float) -> Decision:
-    """The lowest loss of the block, if lower; the earliest of equals (Torczon 1997).
+def best_improvement(losses: Tensor, bar: float) -> Decision:
+    """The lowest loss of the block, if below the bar; the earliest of equals (Torczon 1997).
 
     losses: (K,); NaN and infinity never win.
     """
     finite = losses.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
     best = finite.argmin()
-    return _decision(losses, best, finite[best] < incumbent)
+    return _decision(losses, best, finite[best] < bar)
 
 
 def _decision(losses: Tensor, place: Tensor, success: Tensor) -> Decision:
@@ -176,20 +181,61 @@ def _decision(losses: Tensor, place: Tensor, success: Tensor) -> Decision:
     return Decision(int(place), loss, len(losses), int(nan))
 
 
-def with_points(
-    decision: Decision, losses: Sequence[float], incumbent: float, decrease: float = 0.0
-) -> Decision:
+def with_points(decision: Decision, losses: Sequence[float], bar: float) -> Decision:
     """The block's decision, or the lowest of the search's points if that is lower.
 
-    losses: of the points; NaN and infinity never win. decrease: what a point must gain on the
-    incumbent; for points off the poll's lattice some rho(radius) > 0 with rho(t)/t -> 0 (Kolda,
-    Lewis & Torczon 2003).
+    losses: of the points; NaN and infinity never win. bar: what a point must lie below
     """
     best = min(range(len(losses)), key=lambda k: comparable(losses[k]))
-    bound = incumbent - decrease if decision.chosen is None else decision.loss
-    if not comparable(losses[best]) < min(bound, incumbent - decrease):
+    if decision.chosen is not None:
+        bar = min(bar, decision.loss)
+    if not comparable(losses[best]) < bar:
         return decision
     return decision._replace(chosen=None, point=best, loss=losses[best])
+
+
+def acceptance_bar(incumbent: float | None, radius: float, decrease: float, floor: float) -> float:
+    """What a loss must lie below to be accepted: incumbent - decrease radius^2 - floor.
+
+    decrease: any > 0 asks for sufficient decrease, rho(t) = decrease t^2 with rho(t)/t -> 0:
+        then the points need no lattice (Kolda, Lewis & Torczon 2003, section 3.7). With 0, the
+        simple decrease that suffices on one (Torczon 1997), the bar is the incumbent's loss.
+    floor: what the loss's own noise can feign (``noise_floor``)
+    """
+    return comparable(incumbent) - decrease * radius * radius - floor  # ** would overflow
+
+
+def noise_floor(noise: float, total: int) -> float:
+    """The decrease that noise alone hardly ever feigns in a poll of ``total`` = 2N points.
+
+    noise: standard deviation of a loss's error. The difference of two has sqrt(2) times as
+    much, and the largest of ``total`` normal ones stays below sqrt(2 ln total) of that.
+    """
+    return 2.0 * noise * math.sqrt(math.log(total))
+
+
+def noise_level(losses: Sequence[float]) -> float:
+    """The noise of a loss, from its values at equally spaced, hardly different points.
+
+    The k-th differences of a smooth function vanish there, those of independent errors with
+    standard deviation s have the mean square s^2 (2k)! / (k!)^2 (ECnoise; Moré & Wild 2011,
+    "Estimating computational noise"). The estimate is that of the first k which the next two
+    confirm within a factor of 4 and whose differences change sign.
+
+    losses: at least 6. Returns 0.0 where no k does: the loss is smooth as far as they show,
+    constant or not finite.
+    """
+    differences, estimates, signs = list(losses), [], []
+    for k in range(1, len(losses) - 1):
+        differences = [b - a for a, b in itertools.pairwise(differences)]
+        square = sum(d * d for d in differences) / len(differences)
+        estimates.append(math.sqrt(square / math.comb(2 * k, k)))
+        signs.append(min(differences) < 0.0 < max(differences))
+    for level, change, after in zip(estimates, signs, range(3, len(estimates) + 1), strict=False):
+        three = estimates[after - 3 : after]
+        if change and max(three) <= 4.0 * min(three) < math.inf:
+            return level
+    return 0.0
 
 
 def comparable(loss: float | None) -> float:
@@ -197,16 +243,17 @@ def comparable(loss: float | None) -> float:
     return math.inf if loss is None or not math.isfinite(loss) else loss
 
 
-def block_size(state: PollState) -> int:
+def block_size(state: PollState, overhead: float = 8.0) -> int:
     """How many trial points to evaluate next: few while much improves, many while nothing does.
 
-    A block costs some h trial points beside its own, and half of the one that succeeds is
-    thrown away, so with acceptance probability p about sqrt(2 h / p) trial points cost least
-    (h near 8 here), and no more than about 1/p; while nothing improves, blocks grow with
-    the number of failures.
+    overhead: what a block costs beside its trial points, in trial points
+
+    Half of a block that succeeds is thrown away, so with acceptance probability p about
+    sqrt(2 overhead / p) trial points cost least, and no more than about 1/p; while nothing
+    improves, blocks grow with the number of failures.
     """
     gap = state.mean_gap
-    return max(1, round(min(0.8 * gap, 4.0 * math.sqrt(gap))), state.tried // 4)
+    return max(1, round(min(0.8 * gap, math.sqrt(2.0 * overhead * gap))), state.tried // 4)
 
 
 def advance(state: PollState, decision: Decision, total: int) -> tuple[PollState, bool]:

@@ -5,7 +5,9 @@ trial point is also a one-sided difference of the loss along its coordinate, a b
 the simplex gradient of a random face of the poll (Bortz & Kelley 1998; Custódio & Vicente
 2007). Averaged over the visits of a coordinate and scaled by their root mean square (Kingma &
 Ba 2015), they make a direction; points along it are evaluated, and the lowest is accepted if
-it is lower than the incumbent and than every trial point of the block.
+it is lower than the incumbent and than every trial point of the block. More points take the
+directions of the last blocks along, fading: a block is too small a part of all coordinates
+for its step to be a whole step, and what helped a moment ago mostly still helps.
 
 Pure functions, as in ``psfast.search``.
 """
@@ -21,6 +23,7 @@ from psfast.checks import check_count, check_number
 from psfast.search import Decision, PollState, advance, derive_seed, poll_order
 
 _NO_REST_EVERY = 8  # laps
+_FADED = 2.0**-8  # of the largest change of the present block; smaller earlier ones are dropped
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class SimplexGradient:
         that never changed the loss (rows that no batch reads, say) are polled in every eighth
         lap only, and before a lap counts as failed.
     lengths: of the points along the direction, in radii a coordinate
+    fade: what is left of a block's direction when the next one's is added to it, at every
+        length one more point that moves both; 0 for the present block's coordinates only
     momentum: weight of the earlier differences of a coordinate in their running mean
     square_momentum: the same for their mean square
     decay: pull of the points towards zero, as a share of the value a unit of step length
@@ -48,6 +53,7 @@ class SimplexGradient:
 
     working_set: int = 20_000
     lengths: Sequence[float] = (0.5, 1.0, 2.0, 4.0)
+    fade: float = 0.0
     momentum: float = 0.9
     square_momentum: float = 0.99
     decay: float = 0.0
@@ -61,12 +67,13 @@ class SimplexGradient:
             raise ValueError("lengths must hold at least one number, got none")
         for length in self.lengths:
             check_number("lengths", length, above=0.0)
+        check_number("fade", self.fade, at_least=0.0, below=1.0)
         check_number("momentum", self.momentum, at_least=0.0, below=1.0)
         check_number("square_momentum", self.square_momentum, at_least=0.0, below=1.0)
         check_number("decay", self.decay, at_least=0.0)
 
 
-LEARNED = ("visits", "mean", "square", "resting")
+LEARNED = ("visits", "mean", "square", "resting", "trail")
 
 
 class Window(NamedTuple):
@@ -78,6 +85,7 @@ class Window(NamedTuple):
     mean: (W,) their running mean, still biased towards zero
     square: (W,) the running mean of their squares, likewise
     resting: (W,) bool, the coordinates that this lap leaves for its end
+    trail: (W,) the step, at length 1, of the blocks so far, faded
     """
 
     number: int
@@ -86,6 +94,7 @@ class Window(NamedTuple):
     mean: Tensor
     square: Tensor
     resting: Tensor
+    trail: Tensor
 
 
 def window_count(size: int, working_set: int) -> int:
@@ -104,7 +113,7 @@ def new_window(
     start, stop = number * size // count, (number + 1) * size // count
     index = poll_order(seed, order, start, stop - start, size, like.device)
     zeros = like.new_zeros(stop - start)
-    return Window(number, index, zeros, zeros, zeros, zeros.bool())
+    return Window(number, index, zeros, zeros, zeros, zeros.bool(), zeros)
 
 
 def begin_lap(window: Window, lap: int) -> Window:
@@ -174,15 +183,11 @@ def direction(window: Window, place: Tensor, noise: Tensor, settings: SimplexGra
     return -mean / (square.sqrt() + noise)
 
 
-def points_along(
-    direction: Tensor, values: Tensor, radius: Tensor, settings: SimplexGradient
-) -> list[Tensor]:
-    """The changes (K,) of each point of the search step.
-
-    direction, values (the incumbent's coordinates), radius: (K,)
-    """
-    step = radius * (direction - settings.decay * values)
-    return [step * length for length in settings.lengths]
+def follow(window: Window, place: Tensor, step: Tensor, settings: SimplexGradient) -> Window:
+    """The window whose trail, faded once more, ends in this block's ``step`` (K,) at ``place``."""
+    trail = (window.trail * settings.fade).index_copy(0, place, step)
+    faded = trail.abs() < _FADED * step.abs().max()
+    return window._replace(trail=trail.masked_fill(faded, 0.0))
 
 
 def advance_window(

@@ -457,6 +457,18 @@ def test_bits_hold_for_another_number_of_threads(name):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("activation", [nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Tanh])
+def test_changed_columns_have_the_bits_of_whole_values(activation):
+    """On CPU these ops compute the last few elements by other code than the rest."""
+    model = nn.Sequential(nn.Linear(8, 64), activation(), nn.Linear(64, 64), nn.Linear(64, 3))
+    f = BatchedObjective(model, nn.CrossEntropyLoss(), torch.randn(3, 8), torch.tensor([0, 1, 2]))
+    index, delta = torch.randint(576, (601,)), torch.randn(601)
+    together = f.losses(index, delta)
+    for size in (33, 97):
+        parts = [f.losses(i, d) for i, d in zip(index.split(size), delta.split(size), strict=True)]
+        assert torch.equal(torch.cat(parts), together)
+
+
 def test_a_state_of_its_own_is_refused():
     class Counts(nn.Module):
         def __init__(self):

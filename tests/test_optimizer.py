@@ -80,11 +80,12 @@ def test_accepts_what_the_oracle_accepts_on_minibatches_of_the_small_model():
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 64, None])
-def test_the_block_size_never_changes_a_decision(block_size):
+@pytest.mark.parametrize("bar", [{}, {"decrease": 0.1, "noise": 1e-4}])
+def test_the_block_size_never_changes_a_decision(block_size, bar):
     base, base_loss = regression()
     net, loss = regression()
-    one = PatternSearch(base.parameters(), radius=0.3, block_size=1)
-    other = PatternSearch(net.parameters(), radius=0.3, block_size=block_size)
+    one = PatternSearch(base.parameters(), radius=0.3, block_size=1, **bar)
+    other = PatternSearch(net.parameters(), radius=0.3, block_size=block_size, **bar)
     for _ in range(200):
         one.step(base_loss)
         other.step(loss)
@@ -337,7 +338,8 @@ def test_7_changed_parameters_start_the_count_anew():
 def test_9_a_killed_run_resumes_bit_for_bit_in_the_middle_of_a_poll(parameters_first, dropout):
     def run(steps, saved=None):
         net, loss = regression(dropout=dropout)
-        optimizer = PatternSearch(net.parameters(), radius=2.0, seed=5, max_evaluations=7)
+        options = {"radius": 2.0, "seed": 5, "max_evaluations": 7, "noise": None}
+        optimizer = PatternSearch(net.parameters(), **options)
         if saved is not None:
             saved.seek(0)
             state = torch.load(saved, weights_only=True)
@@ -367,6 +369,7 @@ def test_9_the_state_is_plain_numbers():
     optimizer = PatternSearch(net.parameters())
     optimizer.step(loss)
     state = optimizer.state_dict()
+    assert state["search"].pop("noise") is None
     assert all(isinstance(value, (int, float)) for value in state["search"].values())
     assert state["param_groups"][0]["radius"] == 0.1
 
@@ -534,6 +537,9 @@ def test_step_needs_a_closure():
         ({"radius": "0.1"}, TypeError, "radius must be a number, got '0.1'"),
         ({"shrink": 1.0}, ValueError, "shrink must be .*< 1.0"),
         ({"expand": 0.5}, ValueError, "expand must be >= 1.0"),
+        ({"decrease": -1.0}, ValueError, "decrease must be >= 0.0"),
+        ({"noise": -1.0}, ValueError, "noise must be >= 0.0"),
+        ({"noise": "measure"}, TypeError, "noise must be a number, got 'measure'"),
         ({"min_radius": -1.0}, ValueError, "min_radius must be >= 0.0"),
         ({"max_evaluations": 0}, ValueError, "max_evaluations must be >= 1, got 0"),
         ({"block_size": 1.5}, TypeError, "block_size must be an integer"),

@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 
 from psfast.search import (
     PollState,
+    acceptance_bar,
     advance,
     best_improvement,
     block_size,
     coordinates,
     derive_seed,
     first_improvement,
+    noise_floor,
+    noise_level,
     poll_order,
 )
 
@@ -136,3 +139,52 @@ def test_blocks_grow_while_nothing_improves():
 def test_blocks_shrink_with_the_gap_between_successes():
     sizes = [block_size(PollState(mean_gap=gap)) for gap in (1.0, 2.5, 25.0, 1000.0)]
     assert sizes == [1, 2, 20, 126]
+
+
+def test_the_bar_is_the_incumbents_loss_unless_more_is_asked():
+    assert acceptance_bar(5.1, 0.3, 0.0, 0.0) == 5.1
+    assert acceptance_bar(5.0, 0.5, 0.1, 0.25) == 5.0 - 0.1 * 0.25 - 0.25
+    for missing in (None, math.nan, math.inf):
+        assert acceptance_bar(missing, 0.5, 0.1, 0.25) == math.inf
+
+
+@given(st.integers(0, 2**32), st.sampled_from([1e-9, 1e-3, 10.0]), st.integers(6, 16))
+@settings(max_examples=100, deadline=None)
+def test_the_noise_of_a_smooth_function_is_found_within_its_scatter(seed, noise, count):
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.arange(count, dtype=torch.float64)
+    smooth = 5.0 + noise * (3.0 * t + 0.1 * t.square())
+    errors = noise * torch.randn(count, generator=generator, dtype=torch.float64)
+    level = noise_level((smooth + errors).tolist())
+    assert level == 0.0 or 0.05 * noise < level < 5.0 * noise
+
+
+def test_noise_is_found_in_most_draws_and_right_on_average():
+    draws = torch.randn(400, 8, generator=torch.Generator().manual_seed(0)).double()
+    levels = torch.tensor([noise_level(losses) for losses in draws.tolist()])
+    found = levels[levels > 0]
+    assert len(found) > 300
+    assert 0.8 < found.square().mean().sqrt() < 1.2
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [1.0] * 8,
+        [2.0 * k for k in range(8)],
+        [0.5 * k * k for k in range(8)],
+        [1.0, math.nan, 2.0, 1.0, 1.5, 1.0, 2.0, 1.0],
+        [1.0, math.inf, 2.0, 1.0, -math.inf, 1.0, 2.0, 1.0],
+    ],
+)
+def test_a_loss_without_noise_or_without_a_value_has_none(losses):
+    assert noise_level(losses) == 0.0
+
+
+def test_a_poll_of_noise_alone_stays_above_the_floor():
+    generator = torch.Generator().manual_seed(0)
+    for total in (2, 100, 20_000):
+        losses = torch.randn(100, total, generator=generator)
+        incumbents = torch.randn(100, 1, generator=generator)
+        feigned = (losses < incumbents - noise_floor(1.0, total)).any(1)
+        assert feigned.float().mean() < 0.25

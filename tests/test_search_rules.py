@@ -15,6 +15,7 @@ from psfast.search_simplex import (
     advance_window,
     begin_lap,
     direction,
+    follow,
     live_total,
     measure,
     new_window,
@@ -26,6 +27,7 @@ RULES = {
     "first": {},
     "best": {"acceptance": "best"},
     "simplex": {"search": SimplexGradient()},
+    "simplex, fading": {"search": SimplexGradient(fade=0.5)},
     "simplex in parts": {"search": SimplexGradient(working_set=7), "acceptance": "best"},
 }
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -64,7 +66,8 @@ def test_a_point_wins_only_on_its_own_decrease():
     assert with_points(failed, [1.1, 0.9], 1.0).point == 1
     assert with_points(failed, [math.nan, math.inf, -math.inf], 1.0) == failed
     assert with_points(failed, [-math.inf, 0.9], 1.0).point == 1
-    assert with_points(failed, [0.95], 1.0, decrease=0.1) == failed
+    assert with_points(failed, [0.95], 0.9) == failed
+    assert with_points(single, [0.7], 0.6) == single
     assert with_points(single, [0.9], 1.0) == single
     won = with_points(single, [0.9, 0.7], 1.0)
     assert (won.chosen, won.point, won.loss, won.success) == (None, 1, 0.7, True)
@@ -175,12 +178,39 @@ def test_slopes_below_the_rounding_of_the_loss_are_not_amplified():
     assert abs(u[0]) < 1e-2 and u[1] < -0.99
 
 
+def test_the_trail_fades_is_overwritten_and_ends():
+    settings = SimplexGradient(fade=0.5)
+    window = new_window(0, 0, 0, 6, settings, torch.zeros((), dtype=torch.float64))
+    window = follow(window, torch.tensor([0, 1]), torch.tensor([1.0, -4.0]).double(), settings)
+    window = follow(window, torch.tensor([1, 2]), torch.tensor([3.0, 2.0]).double(), settings)
+    torch.testing.assert_close(window.trail, torch.tensor([0.5, 3, 2, 0, 0, 0]).double())
+    for _ in range(10):
+        window = follow(window, torch.tensor([5]), torch.tensor([1.0]).double(), settings)
+    assert window.trail.nonzero().squeeze(1).tolist() == [5]
+
+
+def test_a_point_with_the_trail_moves_the_earlier_block_too():
+    x = nn.Parameter(torch.zeros(8, dtype=torch.float64))
+    search = SimplexGradient(lengths=(1.0,), fade=0.5)
+    optimizer = PatternSearch([x], radius=0.1, search=search, block_size=4)
+    slopes = torch.arange(1.0, 9.0).double()
+    optimizer.step(lambda: x @ slopes)
+    first = x.detach().clone()
+    assert (first == -0.1).sum() == 4 and (first == 0).sum() == 4
+    optimizer.step(lambda: x @ slopes)
+    moved = (x.detach() - first).abs()
+    torch.testing.assert_close(moved, torch.where(first == 0, 0.1, 0.05).double())
+    assert optimizer.last_poll.evaluations == 4 + 2
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
         ({"working_set": 0}, "working_set"),
         ({"lengths": ()}, "lengths"),
         ({"lengths": (1.0, -1.0)}, "lengths"),
+        ({"fade": 1.0}, "fade"),
+        ({"fade": -0.1}, "fade"),
         ({"momentum": 1.0}, "momentum"),
         ({"square_momentum": -0.1}, "square_momentum"),
         ({"decay": -1.0}, "decay"),
@@ -266,6 +296,67 @@ def test_a_noisy_loss_neither_raises_nor_hangs(rule):
     for _ in range(40):
         assert math.isfinite(optimizer.step(function))
     assert x.square().sum() < 40.0  # from 80
+
+
+@every_rule
+def test_a_measured_noise_lets_the_radius_shrink_where_the_loss_is_noise(rule):
+    def run(noise):
+        generator = torch.Generator().manual_seed(0)
+
+        def function():
+            error = torch.randn((), generator=generator, dtype=torch.float64)
+            return x.square().sum() + 0.01 * error
+
+        x = nn.Parameter(torch.full((10,), 2.0, dtype=torch.float64))
+        options = {"radius": 0.5, "min_radius": 1e-3, "noise": noise, "seed": 3, **rule}
+        optimizer = PatternSearch([x], **options)
+        while not optimizer.converged and optimizer.evaluations < 3_000:
+            optimizer.step(function)
+        return optimizer, x.square().sum().item()
+
+    optimizer, loss = run(None)
+    assert optimizer.converged and loss < 0.5  # from 40
+    assert run(0.01)[0].converged
+    assert optimizer.evaluations < run(0.0)[0].evaluations
+
+
+@every_rule
+def test_a_measured_noise_changes_nothing_where_there_is_none(rule):
+    starts = [torch.ones(7, dtype=torch.float64) for _ in range(2)]
+    plain = minimise(quadratic(7), starts[0], rule)
+    measured = minimise(quadratic(7), starts[1], rule, noise=None)
+    assert torch.equal(plain[1], measured[1])
+    assert plain[0].evaluations == measured[0].evaluations
+
+
+def test_accepts_below_the_rounding_of_a_float32_loss_end():
+    def accepts(noise):
+        torch.manual_seed(0)
+        x = nn.Parameter(torch.randn(400))
+        weights = torch.randn(400, 400)
+
+        def loss():  # 5, and what the order of a sum makes of its rounding
+            return 5.0 + (weights @ x).sum() - x @ weights.sum(0)
+
+        optimizer = PatternSearch([x], radius=1e-3, noise=noise, max_evaluations=800)
+        return sum(len(optimizer.step(loss) and optimizer.last_poll.accepted) for _ in range(20))
+
+    assert accepts(None) < accepts(0.0)
+
+
+@every_rule
+def test_sufficient_decrease_holds_for_every_accept(rule):
+    function = quadratic(6)
+    x = nn.Parameter(torch.ones(6, dtype=torch.float64))
+    optimizer = PatternSearch([x], radius=0.5, min_radius=1e-3, decrease=0.3, **rule)
+    accepted = 0
+    while not optimizer.converged:
+        optimizer.step(lambda: function(x))
+        report = optimizer.last_poll
+        if report.accepted:
+            accepted += 1
+            assert report.loss_after < report.loss_before - 0.3 * report.radius**2
+    assert accepted
 
 
 def test_a_hundred_thousand_coordinates():

@@ -15,12 +15,15 @@ class Objective:
     flat: their one buffer
     backend: how blocks are evaluated: "serial", "graph", "vmap", "batched" or "fused"
     why_not: backend -> the reason it does not serve here
+    overhead: what a block costs beside its trial points, about, in trial points; from it the
+        search finds the block size that suits how often trial points are accepted
 
     A backend implements ``__call__``, ``losses``, ``loss_at`` and ``accept``. None of the
     first three changes a parameter, a buffer or the global random state.
     """
 
     backend: str
+    overhead = 8.0
 
     def __init__(self, params: Sequence[nn.Parameter]):
         self.flat = FlatParameters(params)

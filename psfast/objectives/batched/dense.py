@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from psfast.objectives.batched import arithmetic
 from psfast.objectives.batched.trace import Node
 from psfast.objectives.batched.values import Batch
 
@@ -48,23 +49,30 @@ def plain(node: Node):
         return torch.reshape
     if op in _PLAIN:
         return op
+    if op in _OWN:
+        return _OWN[op]
     if op is aten.mm.default:
-        return op if weight_like(node, 1) and not weight_like(node, 0) else None
+        return arithmetic.linear if weight_like(node, 1) and not weight_like(node, 0) else None
     if op is aten.addmm.default:
         is_linear = weight_like(node, 2) and weight_like(node, 0) and not weight_like(node, 1)
-        return op if is_linear and not node.kwargs else None
+        return _linear_with_bias if is_linear and not node.kwargs else None
     if torch.Tag.pointwise not in getattr(op, "tags", ()) or op in RULES:
         return None
     return op if op not in STEADY or _has_no_tail(node.value) else None
 
 
+def _linear_with_bias(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return arithmetic.linear(x, weight, bias)
+
+
+_OWN = {aten._log_softmax.default: arithmetic.log_softmax, aten.tanh.default: arithmetic.tanh}
 _PLAIN = {
     aten.transpose.int, aten.t.default, aten.permute.default, aten.unsqueeze.default,
     aten.squeeze.dim, aten.expand.default, aten.clone.default, aten.detach.default,
     aten.slice.Tensor, aten.select.int, aten.index_select.default, aten.split.Tensor,
     aten.split_with_sizes.default, aten.unbind.int, aten.cat.default, aten.stack.default,
     aten.embedding.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten.native_layer_norm.default, aten._log_softmax.default, aten._softmax.default,
+    aten.native_layer_norm.default, aten._softmax.default,
 }  # fmt: skip
 
 
@@ -75,7 +83,6 @@ def weight_like(node: Node, place: int) -> bool:
 
 IN_PLACE = {
     aten.relu.default: torch.relu_,
-    aten.tanh.default: torch.tanh_,
     aten.neg.default: torch.neg_,
     aten.exp.default: torch.exp_,
     aten.add.Tensor: Tensor.add_,
@@ -145,9 +152,27 @@ def pointwise(node: Node, K: int, *args, **kwargs):
     ndim = node.value.ndim
     if any(isinstance(a, (list, tuple)) for a in args):
         return NotImplemented
-    function = node.op if _has_no_tail(node.value) else STEADY.get(node.op, node.op)
     kwargs = {name: align(a, ndim) for name, a in kwargs.items()}
-    return function(*(align(a, ndim) for a in args), **kwargs)
+    args = [align(a, ndim) for a in args]
+    if node.op not in STEADY:
+        return node.op(*args, **kwargs)
+    if _has_no_tail(node.value):
+        return _in_vectors(node.op, *args, **kwargs)
+    return STEADY[node.op](*args, **kwargs)
+
+
+def _in_vectors(op, x: Tensor, *args, **kwargs) -> Tensor:
+    """``op`` of x, of which no element may be one of the last few (columns alone can be)."""
+    if x.device.type != "cpu" or x.shape[-1] % _VECTORS == 0:
+        return op(x, *args, **kwargs)
+    missing = -x.numel() % (_VECTORS * torch.get_num_threads())
+    padded = torch.nn.functional.pad(x.reshape(-1), (0, missing))
+    return op(padded, *args, **kwargs)[: x.numel()].view(x.shape)
+
+
+@rule(aten.tanh.default)
+def _tanh(node, K, x):
+    return arithmetic.tanh(x.tensor)
 
 
 def _sigmoid(x: Tensor) -> Tensor:
@@ -178,11 +203,11 @@ def _has_no_tail(value: Tensor) -> bool:
     return value.ndim > 0 and value.shape[-1] % _VECTORS == 0 and not threads & (threads - 1)
 
 
-_VECTORS = 64  # elements; a multiple of what any CPU kernel takes at a time
+_VECTORS = 32  # elements; a multiple of what any CPU kernel takes at a time
 
 # On CPU these kernels compute the last few elements by other code than the rest, so the same
 # number gives other bits in another place (measured: torch 2.13, AVX-512). Composed of ops that
-# do not, they are steady. (exp, tanh, erf, log1p, expm1 and the arithmetic are.)
+# do not, they are steady. (exp, erf, log1p, expm1 and the arithmetic are.)
 STEADY = {
     aten.sigmoid.default: _sigmoid,
     aten.silu.default: lambda x: _sigmoid(x).mul_(x),

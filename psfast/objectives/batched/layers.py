@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from psfast.objectives.batched import arithmetic
 from psfast.objectives.batched.dense import (
     RULES,
     align,
@@ -25,8 +26,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: (K, rows, in), weight: (in, out), bias: (out,) -> (K, rows, out), one product."""
     K, rows, _ = x.shape
     flat = x.reshape(K * rows, -1)
-    out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-    return out.view(K, rows, -1)
+    return arithmetic.linear(flat, weight, bias).view(K, rows, -1)
 
 
 @rule(aten.mm.default)
@@ -159,9 +159,14 @@ for name in ("_native_batch_norm_legit_functional", "_batch_norm_with_update_fun
 # --- the loss -----------------------------------------------------------------------------------
 
 
-@rule(aten._log_softmax.default, aten._softmax.default)
-def _log_softmax(node, K, x, dim, half_to_float):
+@rule(aten._softmax.default)
+def _softmax(node, K, x, dim, half_to_float):
     return node.op(x.tensor, shift(dim), half_to_float)
+
+
+@rule(aten._log_softmax.default)
+def _log_softmax(node, K, x, dim, half_to_float):
+    return arithmetic.log_softmax(x.tensor, shift(dim), half_to_float)
 
 
 @rule(aten.nll_loss_forward.default)

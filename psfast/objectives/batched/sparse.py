@@ -223,7 +223,8 @@ def _pointwise(node: Node, *args, **kwargs):
 
     K = len(first.at)
     taken = [take(a, first) for a in args]
-    return Column(value, first.dim, first.at, dense.pointwise(node, K, *taken, **kwargs))
+    new = dense.RULES.get(node.op, dense.pointwise)(node, K, *taken, **kwargs)
+    return Column(value, first.dim, first.at, new)
 
 
 def _widest(x, value: Tensor):
