@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
 from psfast.flat import same_parameters, trainable
-from psfast.models import MaskedCrossEntropy
 from psfast.objectives import objective
 from psfast.objectives.base import Objective
 
@@ -22,7 +21,8 @@ class Scores(NamedTuple):
         mean that they weigh
     perplexity: exp(loss), NaN unless the criterion is a plain cross-entropy over classes
     accuracy: share of positions with the right argmax, NaN unless it is a cross-entropy over
-        classes (``psfast.MaskedCrossEntropy``, ``torch.nn.CrossEntropyLoss`` or ``NLLLoss``)
+        classes (``torch.nn.CrossEntropyLoss``, ``NLLLoss``, ``psfast.MaskedCrossEntropy`` or
+        another criterion with an ``ignore_index`` for outputs (..., V), targets (...))
     count: supervised positions (without classes: samples)
     """
 
@@ -73,11 +73,12 @@ def _class_dim(criterion: Callable, outputs, targets) -> int | None:
     """The dimension of ``outputs`` that holds the classes' scores, None if there are no classes."""
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return None
-    if isinstance(criterion, MaskedCrossEntropy):
-        return -1
     over_classes = isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss))
     if (over_classes or criterion is F.cross_entropy) and not targets.is_floating_point():
         return min(1, outputs.ndim - 1)
+    # MaskedCrossEntropy, and a user's own that masks as it does
+    if hasattr(criterion, "ignore_index") and outputs.shape[:-1] == targets.shape:
+        return -1
     return None
 
 

@@ -332,3 +332,19 @@ def test_the_same_batch_and_mask_are_the_same_objective():
     assert objectives.on(x, y, seed=1)().item() != first_loss
     model[0].requires_grad_(False)
     assert objectives.on(x, y, seed=1).params == list(model[2].parameters())
+
+
+def test_a_users_own_masked_cross_entropy_is_scored_as_classes():
+    class Own(nn.Module):
+        ignore_index = 7
+
+        def forward(self, logits, targets):
+            kept = targets != self.ignore_index
+            return nn.functional.cross_entropy(logits[kept], targets[kept])
+
+    logits, targets = torch.randn(4, 5, 3), torch.randint(0, 3, (4, 5))
+    targets[:, :2] = 7
+    sums, expected = ScoreSums(), ScoreSums()
+    sums.add(Own(), logits, targets)
+    expected.add(psfast.MaskedCrossEntropy(ignore_index=7), logits, targets)
+    assert sums.result() == pytest.approx(expected.result())
