@@ -7,12 +7,14 @@ the function that it was recorded from.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from psfast.objectives.batched.modes import run_under
 from psfast.objectives.batched.trace import Node
 
 aten = torch.ops.aten
@@ -88,12 +90,12 @@ class _Recorder(TorchDispatchMode):
         self.all_reads: set[int] = set()
 
     def run(self, function: Callable, inputs: list[Tensor], store) -> Program:
-        outer, _Recorder.active = _Recorder.active, self
+        outer = _Recorder.active
         arguments = [f"x{i}" for i in range(len(inputs))]
         self.names.update({id(x): name for x, name in zip(inputs, arguments, strict=True)})
         try:
-            with self:
-                out = function(*inputs)
+            _Recorder.active = self
+            out = run_under(self, function, *inputs)
         finally:
             _Recorder.active = outer
         self.reads = []
@@ -242,11 +244,10 @@ def _binding(op, args: tuple, kwargs: dict) -> Callable:
 
 
 def _comes_down_to(function: Callable, op, args: tuple, kwargs: dict) -> bool:
-    outer, _Recorder.active = _Recorder.active, None
-    spy = _Spy()
+    outer, spy = _Recorder.active, _Spy()
     try:
-        with spy:
-            function(*args, **kwargs)
+        _Recorder.active = None
+        run_under(spy, partial(function, *args, **kwargs))
     except _Seen:
         got, spec = pytree.tree_flatten(spy.seen)
         expected, expected_spec = pytree.tree_flatten((op, args, kwargs))
