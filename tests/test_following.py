@@ -98,7 +98,8 @@ def test_a_change_is_followed(backend, change):
 
 @pytest.mark.parametrize("backend", WITHOUT_GPU)
 def test_two_optimizers_in_turn_see_each_other(backend):
-    arguments = model, *rest = transformer()
+    arguments = transformer()
+    model = arguments[0]
     halves = [list(model.blocks.parameters()), list(model.head.parameters())]
     turns = [
         (psfast.PatternSearch(p, radius=0.3), build(backend, *arguments, params=p)) for p in halves
@@ -188,7 +189,8 @@ def test_a_tensor_from_elsewhere_is_read_as_it_is(backend):
 
 @pytest.mark.parametrize("backend", WITHOUT_GPU)
 def test_a_batch_that_is_refused_leaves_the_one_before(backend):
-    arguments = model, criterion, inputs, targets = transformer()
+    arguments = transformer()
+    inputs, targets = arguments[2:]
     f = build(backend, *arguments, seed=3)
     before = f()
     for bad in (inputs + 11, torch.zeros(3, 8, dtype=torch.int64)):  # tokens, length

@@ -1,6 +1,7 @@
 """Torch modes: entered so that they are left whatever comes, and one that refuses hidden reads."""
 
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -27,6 +28,17 @@ def run_under(mode, function: Callable, *args):
             torch._C._pop_torch_function_stack()
         while torch._C._len_torch_dispatch_stack() > dispatches:
             _pop_mode()
+
+
+@contextmanager
+def no_fallback_notes():
+    """vmap does not print that an operation has no rule for it: nobody can act on that here."""
+    shown = torch._C._debug_only_are_vmap_fallback_warnings_enabled()
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(shown)
 
 
 class NoReadValues(TorchFunctionMode):

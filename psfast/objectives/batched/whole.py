@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from psfast.flat import trainable
 from psfast.objectives.base import CompositeLoss, Objective, check_block, check_point
 from psfast.objectives.batched.incumbent import has_bits
-from psfast.objectives.batched.modes import NoHiddenReads, run_under
+from psfast.objectives.batched.modes import NoHiddenReads, no_fallback_notes, run_under
 from psfast.objectives.batched.trace import (
     plain_kernels,
     refuse_autocast,
@@ -141,7 +141,7 @@ class VmapObjective(Objective):
     # --- evaluation -----------------------------------------------------------------------
 
     def _evaluate(self, run: Callable) -> Tensor:
-        with plain_kernels(), seeded(self.seed, self.flat.buffer.device):
+        with no_fallback_notes(), plain_kernels(), seeded(self.seed, self.flat.buffer.device):
             return run()
 
     def _loss(self, state: dict) -> Tensor:
