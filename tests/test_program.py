@@ -57,6 +57,18 @@ def test_results_can_go_to_nodes():
     assert torch.equal(doubled.value, torch.full((3,), 2.0))
 
 
+def test_lists_of_other_kinds_are_called_otherwise():
+    """torch.index_put takes no None for a whole dimension; the operation does."""
+    put, place = torch.ops.aten.index_put.default, torch.tensor([2, 0])
+
+    def function(x, place):
+        return put(put(x, [place], x[:2]), [None, place], x[:, :2])
+
+    program = record(function, [torch.randn(3, 3), place], [])
+    x = torch.randn(3, 3)
+    assert torch.equal(program.run(x, place), function(x, place))
+
+
 @pytest.mark.parametrize("how", ["a value on the host", "a tensor from elsewhere"])
 def test_what_cannot_be_repeated_is_not_recorded(how):
     elsewhere = torch.randn(3)

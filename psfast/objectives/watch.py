@@ -47,7 +47,8 @@ class Watch:
         self._tensors = [t for t in tensors if not t.is_inference()]  # those have no version
         self._modules = modules
         parts = [part for m in modules for part in (m._parameters, m._buffers, m._modules)]
-        self._filled, self._parts = [part for part in parts if part], parts
+        self._parts = [part for part in parts if isinstance(part, dict)]  # scripted ones are fixed
+        self._filled = [part for part in self._parts if part]
         self._objects = list(self._entries())  # alive, so that no other takes the id of one
         self._known_parts, self._known_values = self._see_parts(), self._see_values()
 

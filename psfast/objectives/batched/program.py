@@ -234,13 +234,19 @@ def _binding(op, args: tuple, kwargs: dict) -> Callable:
 
     That is one that comes down to this very call; ``op`` itself where there is none.
     """
-    key = (op, tuple(map(type, args)), tuple(kwargs))
+    key = (op, tuple(map(_kind, args)), tuple(kwargs))
     if key not in _bindings:
         name = op._schema.name.partition("::")[2]
         candidates = [getattr(p, name, None) for p in (torch._C._VariableFunctions, Tensor)]
         found = [c for c in candidates if c is not None and _comes_down_to(c, op, args, kwargs)]
         _bindings[key] = found[0] if found else op
     return _bindings[key]
+
+
+def _kind(value) -> tuple:
+    """Its type and its items': torch's functions take other lists than its operations do."""
+    inner = frozenset(map(type, value)) if isinstance(value, (list, tuple)) else None
+    return type(value), inner
 
 
 def _comes_down_to(function: Callable, op, args: tuple, kwargs: dict) -> bool:
