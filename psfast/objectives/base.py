@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from psfast.flat import FlatParameters
 
+_FEW = 16  # numbers that Python compares sooner than an operation on a tensor
+
 
 class Objective:
     """The loss as a function of the parameters, on one fixed batch and one dropout mask.
@@ -102,6 +104,7 @@ def check_point(index: Tensor, delta: Tensor, size: int) -> None:
     """Raise for changes that make no point. Reads the indices."""
     check_block(index, delta, size)
     if len(index):
-        low, high = (value.item() for value in index.aminmax())
+        found = index.tolist() if len(index) <= _FEW else [i.item() for i in index.aminmax()]
+        low, high = min(found), max(found)
         if low < 0 or high >= size:
             raise IndexError(f"index must lie in [0, {size}), got values from {low} to {high}")

@@ -89,8 +89,11 @@ class SerialObjective(Objective):
 
     def accept(self, index: Tensor, delta: Tensor) -> None:
         check_point(index, delta, self.flat.size)
-        self._is_incumbent = False
+        was, self._is_incumbent = self._is_incumbent, False
         self.flat.add(index, delta)
+        if was:
+            self._incumbent.index_add_(0, index, delta.to(self._incumbent.dtype))
+            self._is_incumbent = True
 
     def _take_up(self) -> None:
         """See what others have changed; keep the incumbent in case that the closure writes."""

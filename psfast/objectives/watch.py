@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, is_
 
 from torch import Tensor, nn
 
@@ -45,29 +45,31 @@ class Watch:
                 )
         tensors = tensors.union(t for t in batch if isinstance(t, Tensor)).difference(self._params)
         self._tensors = [t for t in tensors if not t.is_inference()]  # those have no version
+        tables = [t for m in modules for t in (m._parameters, m._buffers, m._modules)]
+        tables = [t for t in tables if isinstance(t, dict)]  # scripted modules' are fixed
+        self._empty = [t for t in tables if not t]
+        self._entries = [t.values() for t in tables if t]
+        self._objects = list(chain.from_iterable(self._entries))
         self._modules = modules
-        parts = [part for m in modules for part in (m._parameters, m._buffers, m._modules)]
-        self._parts = [part for part in parts if isinstance(part, dict)]  # scripted ones are fixed
-        self._filled = [part for part in self._parts if part]
-        self._objects = list(self._entries())  # alive, so that no other takes the id of one
-        self._known_parts, self._known_values = self._see_parts(), self._see_values()
-
-    def changed(self) -> bool:
-        """Whether anything is not as it was at the last look."""
-        return self._known_values != self._see_values() or self.has_other_parts()
-
-    def has_other_parts(self) -> bool:
-        """Whether a tensor or a submodule was replaced, or a module's mode was changed."""
-        return self._known_parts != self._see_parts()
-
-    def _entries(self) -> Iterable:
-        return chain.from_iterable(map(dict.values, self._filled))
+        self._modes, self._versions = self._read_modes(), self._read_versions()
 
     # Every evaluation asks: these run in a few microseconds.
 
-    def _see_parts(self) -> tuple:
-        count = sum(map(len, self._parts))
-        return count, list(map(id, self._entries())), list(map(_training, self._modules))
+    def changed(self) -> bool:
+        """Whether anything is not as it was at the last look."""
+        return self._versions != self._read_versions() or self.has_other_parts()
 
-    def _see_values(self) -> list[int]:
+    def has_other_parts(self) -> bool:
+        """Whether a tensor or a submodule was replaced, or a module's mode was changed."""
+        return (
+            self._modes != self._read_modes()
+            or any(self._empty)
+            or sum(map(len, self._entries)) != len(self._objects)
+            or not all(map(is_, chain.from_iterable(self._entries), self._objects))
+        )
+
+    def _read_modes(self) -> list[bool]:
+        return list(map(_training, self._modules))
+
+    def _read_versions(self) -> list[int]:
         return list(map(_version, self._tensors))
