@@ -113,9 +113,11 @@ class BatchedObjective(Objective):
     @torch.no_grad()
     def accept(self, index: Tensor, delta: Tensor) -> None:
         check_point(index, delta, self.flat.size)
-        self._follow()
+        if self.flat.changed():  # what else has changed can wait: nothing is evaluated here
+            self._is_fresh = False
+        device = self.flat.buffer.device
         self._incumbent.touch(self._tensors_of(index))
-        self.flat.add(index.to(self.device), delta.to(self.device))
+        self.flat.add(index.to(device), delta.to(device))
 
     @torch.no_grad()
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
