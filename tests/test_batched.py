@@ -425,7 +425,7 @@ def test_a_parameter_read_behind_the_modules_back_is_refused():
         def forward(self, x):
             return self.linear(x) + x @ self.alias[0].t()
 
-    with pytest.raises(ValueError, match="does not reproduce the model"):
+    with pytest.raises(ValueError, match="behind the module.s back"):
         VmapObjective(Hidden(), nn.MSELoss(), torch.randn(4, 3), torch.randn(4, 2))
 
 
@@ -606,3 +606,114 @@ def test_the_search_takes_the_serial_steps(name, acceptance):
             taken[-1] += optimizer.last_poll.accepted
     assert taken[0]
     assert all(steps == taken[0] for steps in taken)
+
+
+class Penalised(nn.Module):
+    """A criterion that reads parameters which it captured, by a way of its own."""
+
+    def __init__(self, params, read):
+        super().__init__()
+        self.params, self.read = [list(params)], read
+
+    def forward(self, out, y):
+        return nn.functional.mse_loss(out, y) + 1e-6 * self.read(self.params[0])
+
+
+READS = {
+    "squares": lambda params: sum(p.square().sum() for p in params),
+    "data": lambda params: params[0].data.sum(),
+    "item": lambda params: params[-1].item(),
+    "float": lambda params: float(params[-1]),
+    "tolist": lambda params: sum(params[1].tolist()),
+    "numpy": lambda params: float(params[1].detach().numpy().sum()),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_captured_parameters_are_refused_however_little_they_weigh(read):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1))
+    criterion = Penalised(model.parameters(), READS[read])
+    x, y = torch.randn(4, 3), torch.randn(4, 1)
+    f = psfast.objective(model, criterion, x, y)
+    assert f.backend == "serial"
+    assert "cannot be traced" in f.why_not["batched"] and "vmap fails" in f.why_not["vmap"]
+
+
+class Branches(nn.Module):
+    """Branches on what it reads where torch does not see it; not on this batch."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.how = nn.Linear(3, 2), how
+
+    def forward(self, x):
+        h = self.linear(x)
+        if self.how == "numpy":
+            high = float(h.detach().numpy().max())
+        else:
+            high = max(self.linear.weight.abs().reshape(-1).tolist())
+        return h if high < 50 else -h
+
+
+@pytest.mark.parametrize("how", ["numpy", "tolist"])
+def test_branches_on_values_that_leave_torch_are_refused(how):
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    f = psfast.objective(Branches(how), nn.MSELoss(), x, y)
+    assert f.backend == "serial"
+    assert f"{how}()" in f.why_not["batched"]
+
+
+@pytest.mark.parametrize("backend", ["serial", "batched"])
+def test_what_the_forward_pass_writes_to_parameters_is_taken_back(backend):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 4, max_norm=0.5), nn.Flatten(), nn.Linear(8, 3)).double()
+    arguments = model, nn.CrossEntropyLoss(), torch.randint(0, 10, (5, 2)), classes(5)
+    f = psfast.objective(*arguments, backend=backend)
+    before = f.flat.buffer.clone()
+    index, delta = some_points(f, 9)
+    losses = f.losses(index, delta)  # before the incumbent's
+    loss = f()
+    assert torch.equal(f.losses(index, delta), losses) and torch.equal(f(), loss)
+    at = f.loss_at(index[:2], delta[:2])
+    assert torch.equal(f.flat.buffer, before)
+    f.accept(index[:2], delta[:2])
+    assert torch.equal(f(), at)
+    expected = before.index_add(0, index[:2], delta[:2])
+    assert torch.equal(f.flat.buffer, expected)
+    assert f().item() == pytest.approx(arguments[1](model(arguments[2]), arguments[3]).item())
+    with pytest.raises(ValueError, match=r"writes to the parameter 'model\.0\.weight'"):
+        psfast.objective(*arguments, backend="vmap")
+
+
+def test_a_batch_without_supervision_has_no_loss():
+    model, criterion, inputs, targets = build("tied")
+    none = torch.full_like(targets, 100)
+    index, delta = torch.tensor([0, 5]), torch.ones(2)
+    assert BatchedObjective(model, criterion, inputs, none)().isnan()
+    f = BatchedObjective(model, criterion, inputs, targets)
+    before = f()
+    f.set_batch(inputs, none)
+    assert f().isnan() and f.losses(index, delta).isnan().all()
+    f.set_batch(inputs, targets)
+    assert f() == before
+
+
+@pytest.mark.parametrize("backend", ["batched", "vmap"])
+def test_an_incumbent_without_a_loss_is_served(backend):
+    model, criterion, inputs, targets = build("mlp")
+    with torch.no_grad():
+        model[4].bias[1] = torch.nan
+    f = psfast.objective(model, criterion, inputs, targets, backend=backend)
+    index = torch.arange(f.flat.size)
+    assert f().isnan() and f.losses(index, torch.ones(len(index))).isnan().all()
+    with torch.no_grad():
+        model[4].bias[1] = 0.0
+    brute = SerialModelObjective(model, criterion, inputs, targets)
+    torch.testing.assert_close(f(), brute(), rtol=1e-9, atol=0)
+
+
+def test_no_notes_of_torch_are_printed(capfd):
+    model = nn.Sequential(nn.Embedding(10, 4, max_norm=0.5), nn.Flatten(), nn.Linear(8, 3))
+    f = BatchedObjective(model, nn.CrossEntropyLoss(), torch.randint(0, 10, (5, 2)), classes(5))
+    f.losses(*some_points(f, 9))
+    assert capfd.readouterr() == ("", "")

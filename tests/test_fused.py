@@ -277,6 +277,69 @@ def test_refuses_what_it_cannot_serve():
         FusedObjective(model, criterion, tokens, targets, params=list(hooked.parameters()))
 
 
+def limited_norm(model):
+    model.token_embedding.max_norm = 0.5
+
+
+def one_more_layer(model):
+    model.blocks[0].ff.append(torch.nn.ReLU())
+
+
+def dropout_for_relu(model):
+    model.blocks[0].ff[1] = torch.nn.Dropout(0.0)
+
+
+def norm_for_relu(model):
+    model.blocks[0].ff[1] = torch.nn.LayerNorm(17, elementwise_affine=False)
+
+
+def other_heads(model):
+    model.blocks[1].attention.n_heads = 4
+
+
+def longer_head(model):
+    model.head = torch.nn.Sequential(model.head, torch.nn.ReLU())
+
+
+def other_order(model):
+    model.blocks[0].ff = torch.nn.Sequential(*list(model.blocks[0].ff)[::-1])
+
+
+def no_blocks(model):
+    model.blocks = torch.nn.Identity()
+
+
+def no_head(model):
+    del model.head
+
+
+def other_eps(model):
+    model.blocks[1].ln1.eps = 0.1
+
+
+CHANGES = [
+    limited_norm, one_more_layer, dropout_for_relu, norm_for_relu, other_heads, longer_head,
+    other_order, no_blocks, no_head, other_eps,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_refuses_every_other_architecture(change):
+    model, *rest = problem()
+    change(model)
+    with pytest.raises(ValueError, match=r"must be as built|the same eps"):
+        FusedObjective(model, *rest)
+
+
+def test_refuses_while_all_modules_are_hooked():
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match="hook is on all modules"):
+            FusedObjective(*problem())
+    finally:
+        handle.remove()
+
+
 def arguments(seed=0, mask=False):
     """What the raw ops take: weights and a filled plan."""
     fused, _ = twins(seed=seed, dropout=0.2 if mask else 0.0)

@@ -124,6 +124,51 @@ def test_auto_falls_back_to_serial_with_every_reason():
     assert loss < 0.2
 
 
+class Odd(nn.Module):
+    """Steps that one backend or another fails on, each in its own way."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.how, self.order = how, torch.tensor([2, 0, 3, 1])
+        self.double()
+
+    def forward(self, x):
+        h = self.first(x)
+        if self.how == "mask":
+            h[h < 0] = 0.0
+        elif self.how == "sparse":
+            h = torch.sparse.mm(torch.eye(len(x), dtype=x.dtype).to_sparse(), h)
+        elif self.how == "generator":
+            h = h + torch.randn(4, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+        elif self.how == "gradient":
+            x = x.clone().requires_grad_()
+            with torch.enable_grad():
+                (slope,) = torch.autograd.grad(self.first(x).square().sum(), x)
+            h = h + slope
+        else:
+            h = h[:, self.order]
+        return self.second(h)
+
+
+@pytest.mark.parametrize("how", ["order", "mask", "sparse", "generator", "gradient"])
+def test_what_a_backend_fails_on_another_serves(how):
+    torch.manual_seed(0)
+    arguments = Odd(how), F.mse_loss, *linear()[2:]
+    f, brute = psfast.objective(*arguments), psfast.objective(*arguments, backend="serial")
+    assert how != "order" or f.backend == "batched"
+    index = torch.arange(f.flat.size)
+    delta = torch.full((len(index),), 0.1, dtype=torch.float64)
+    torch.testing.assert_close(f().double(), brute(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        f.losses(index, delta).double(), brute.losses(index, delta), rtol=1e-9, atol=0
+    )
+    for backend, reason in f.why_not.items():
+        with pytest.raises(ValueError) as error:
+            psfast.objective(*arguments, backend=backend)
+        assert str(error.value) == reason
+
+
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
@@ -131,6 +176,13 @@ def test_auto_falls_back_to_serial_with_every_reason():
         ({"backend": "fused"}, ValueError, "must be a DecoderOnlyTransformer, got Linear"),
         ({"workspace": 1}, TypeError, "options need an explicit backend"),
         ({"params": []}, ValueError, "at least one"),
+        ({"params": "head"}, TypeError, "params must hold torch.nn.Parameters, got str"),
+        ({"params": [torch.zeros(3)]}, TypeError, "must hold torch.nn.Parameters, got Tensor"),
+        ({"params": [nn.Parameter(torch.zeros(3))]}, ValueError, "the model's own, got 1 others"),
+        ({"seed": "a"}, TypeError, "seed must be an integer, got 'a'"),
+        ({"seed": None}, TypeError, "seed must be an integer, got None"),
+        ({"seed": 2**70}, ValueError, "seed must be one that torch.manual_seed takes"),
+        ({"backend": "vmap", "space": 1}, TypeError, "unexpected keyword argument 'space'"),
     ],
 )
 def test_bad_arguments(arguments, error, message):
@@ -163,6 +215,18 @@ def test_bad_blocks(backend, index, delta, error, message):
     f = psfast.objective(*transformer(), backend=backend)
     with pytest.raises(error, match=message):
         f.losses(index, delta)
+
+
+@pytest.mark.parametrize("backend", WITHOUT_GPU)
+@pytest.mark.parametrize("indices", [[-1], [10**6], [*range(20), -1], [*range(20), 10**6]])
+def test_bad_points(backend, indices):
+    f = psfast.objective(*transformer(), backend=backend)
+    before = f.flat.buffer.clone(), f()
+    index, delta = torch.tensor(indices), torch.ones(len(indices), dtype=torch.float64)
+    for call in (f.loss_at, f.accept):
+        with pytest.raises(IndexError, match=r"index must lie in \[0, \d+\)"):
+            call(index, delta)
+    assert torch.equal(f.flat.buffer, before[0]) and torch.equal(f(), before[1])
 
 
 @pytest.mark.parametrize("backend", WITHOUT_GPU)

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from psfast.objectives.batched.modes import run_under
 from psfast.objectives.batched.program import Unrecordable, kept, record
 from psfast.objectives.batched.trace import Node
 
@@ -55,6 +57,18 @@ def test_results_can_go_to_nodes():
     assert torch.equal(doubled.value, torch.full((3,), 2.0))
 
 
+def test_lists_of_other_kinds_are_called_otherwise():
+    """torch.index_put takes no None for a whole dimension; the operation does."""
+    put, place = torch.ops.aten.index_put.default, torch.tensor([2, 0])
+
+    def function(x, place):
+        return put(put(x, [place], x[:2]), [None, place], x[:, :2])
+
+    program = record(function, [torch.randn(3, 3), place], [])
+    x = torch.randn(3, 3)
+    assert torch.equal(program.run(x, place), function(x, place))
+
+
 @pytest.mark.parametrize("how", ["a value on the host", "a tensor from elsewhere"])
 def test_what_cannot_be_repeated_is_not_recorded(how):
     elsewhere = torch.randn(3)
@@ -64,3 +78,33 @@ def test_what_cannot_be_repeated_is_not_recorded(how):
 
     with pytest.raises(Unrecordable):
         record(function, [torch.randn(3)], [])
+
+
+class Interrupted(TorchDispatchMode):
+    """Ctrl-C in its enter or exit, where ``with`` alone would leave it on torch's stack."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+
+    def __enter__(self):
+        super().__enter__()
+        if self.where == "enter":
+            raise KeyboardInterrupt
+        return self
+
+    def __exit__(self, *error):
+        if self.where == "exit":
+            raise KeyboardInterrupt
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        return op(*args, **(kwargs or {})) - 1
+
+
+@pytest.mark.parametrize("where", ["enter", "exit"])
+def test_an_interrupted_mode_is_left(where):
+    with pytest.raises(KeyboardInterrupt):
+        run_under(Interrupted(where), lambda: torch.ones(2))
+    assert torch.equal(torch.ones(2) + 1, torch.full((2,), 2.0))
+    assert run_under(Interrupted("never"), lambda: torch.ones(2)).tolist() == [0, 0]

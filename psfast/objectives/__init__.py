@@ -1,6 +1,7 @@
 """Objectives: one file a backend, and ``objective``, the one place that chooses."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from importlib import import_module
 
 from torch import nn
@@ -35,7 +36,7 @@ def objective(
     inputs,
     targets,
     *,
-    params: list[nn.Parameter] | None = None,
+    params: Iterable[nn.Parameter] | None = None,
     backend: str = "auto",
     seed: int = 0,
     **options,
@@ -50,7 +51,10 @@ def objective(
     seed: of the dropout mask that all trial points share
     options: of a backend named explicitly, such as ``workspace`` (bytes) for "batched"
 
-    The batch is fixed; go on with another by ``set_batch(inputs, targets)``.
+    The batch is fixed; go on with another by ``set_batch(inputs, targets)``. What is done later to
+    the model's parameters, buffers, submodules and mode, and to the batch in place, is followed,
+    or raises ValueError where it cannot be. Plain attributes (a dropout's ``p``) and hooks are
+    taken as they are now, and writes through ``.data`` go unseen.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -61,20 +65,48 @@ def objective(
         raise ValueError(f"backend must be one of {names}, got {backend!r}")
     if backend == "auto" and options:
         raise TypeError(f"options need an explicit backend, got {sorted(options)} with 'auto'")
+    _check_seed(seed)
+    arguments = dict(params=_listed(params), seed=seed, **options)
     why_not: dict[str, str] = {}
     for name in BACKENDS if backend == "auto" else (backend,):
+        chosen = _class(name, model)
+        inspect.signature(chosen).bind(model, criterion, inputs, targets, **arguments)
         try:
-            chosen = _class(name, model)(
-                model, criterion, inputs, targets, params=params, seed=seed, **options
-            )
-        except ValueError as reason:
-            if name == backend or name == "serial":
+            built = chosen(model, criterion, inputs, targets, **arguments)
+        except Exception as error:  # whatever keeps one backend from serving, another may
+            if name == "serial" or (name == backend and isinstance(error, ValueError)):
                 raise
-            why_not[name] = str(reason)
+            why_not[name] = _reason(error)
+            if name == backend:
+                raise ValueError(why_not[name]) from error
         else:
-            chosen.why_not = why_not
-            return chosen
+            built.why_not = why_not
+            return built
     raise AssertionError("the serial backend either serves or raises")
+
+
+def _check_seed(seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be one that torch.manual_seed takes, got {seed}")
+
+
+def _listed(params: Iterable[nn.Parameter] | None) -> list[nn.Parameter] | None:
+    if params is None:
+        return None
+    found = list(params)
+    for p in found:
+        if not isinstance(p, nn.Parameter):
+            raise TypeError(f"params must hold torch.nn.Parameters, got {type(p).__name__}")
+    return found
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValueError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def _class(name: str, model: nn.Module) -> type[Objective]:

@@ -1,11 +1,13 @@
 """What every objective offers to the search."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from psfast.flat import FlatParameters
+
+_FEW = 16  # numbers that Python compares sooner than an operation on a tensor
 
 
 class Objective:
@@ -59,7 +61,9 @@ class Objective:
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
         """Go on with another batch, and with the dropout mask of ``seed`` if one is given.
 
-        What does not depend on the batch (traces, work space, compiled code) is kept.
+        What does not depend on the batch (traces, work space, compiled code) is kept. A batch
+        that cannot be served raises and leaves the one before in place; "serial" only sees
+        that when it evaluates.
         """
         raise NotImplementedError(f"{type(self).__name__} has no batch to set")
 
@@ -68,6 +72,18 @@ class Objective:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+
+class CompositeLoss(nn.Module):
+    """inputs, targets -> ``criterion(model(inputs), targets)``, as one module."""
+
+    def __init__(self, model: nn.Module, criterion: Callable):
+        super().__init__()
+        self.model = model
+        self.criterion = criterion
+
+    def forward(self, inputs, targets):
+        return self.criterion(self.model(inputs), targets)
 
 
 def check_block(index: Tensor, delta: Tensor, size: int) -> None:
@@ -85,3 +101,13 @@ def check_block(index: Tensor, delta: Tensor, size: int) -> None:
         raise ValueError(
             f"index and delta must have the same length, got {len(index)} and {len(delta)}"
         )
+
+
+def check_point(index: Tensor, delta: Tensor, size: int) -> None:
+    """Raise for changes that make no point. Reads the indices."""
+    check_block(index, delta, size)
+    if len(index):
+        found = index.tolist() if len(index) <= _FEW else [i.item() for i in index.aminmax()]
+        low, high = min(found), max(found)
+        if low < 0 or high >= size:
+            raise IndexError(f"index must lie in [0, {size}), got values from {low} to {high}")

@@ -11,6 +11,7 @@ from psfast.flat import trainable
 from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
 from psfast.objectives.base import Objective, check_block
 from psfast.objectives.fused_model import check_batch, why_not_fused_model
+from psfast.objectives.watch import Watch
 from psfast.random_state import seeded
 
 _FEW = 64  # accepted coordinates up to which preparing what each one touches is cheaper
@@ -27,7 +28,8 @@ class FusedObjective(Objective):
 
     Losses are float64, also where the model is float32: the incumbent's plus the difference.
     A trial point that cannot change the loss has the incumbent's, bitwise; any other's has the
-    same bits whatever its block, its place there and the number of threads.
+    same bits whatever its block, its place there and the number of threads. Parameters must be
+    finite: where one is infinite the loss may be NaN though the model's is not.
 
     Raises ValueError with the reason where it cannot serve.
     """
@@ -36,7 +38,7 @@ class FusedObjective(Objective):
 
     def __init__(self, model, criterion, inputs, targets, *, params=None, seed: int = 0):
         params = trainable(model.parameters()) if params is None else list(params)
-        reason = why_not_fused_model(model, criterion, params)
+        reason = why_not_fused_model(model, criterion)
         reason = reason or ops.why_not_fused(model.head.weight.device, model.head.weight.dtype)
         if reason:
             raise ValueError(reason)
@@ -44,7 +46,8 @@ class FusedObjective(Objective):
         known = {p: start for p, start in zip(self._all, _starts(self._all), strict=False)}
         super().__init__(params)
         self.model, self.criterion, self.seed = model, criterion, seed
-        self._frozen = [p for p in self._all if p not in set(self.params)]
+        self.inputs, self.targets = inputs, targets
+        self._watch = Watch(model, self.params)
         # The ops count through all parameters; None where `index` does so too.
         self._shift = None
         if len(self._all) != len(self.params) or any(map(_differ, self._all, self.params)):
@@ -53,7 +56,8 @@ class FusedObjective(Objective):
             self._shift = starts - torch.tensor(self.flat.offsets[:-1])
         self._plan = self._scratch = None
         self._written: list[Tensor] = []  # what was accepted since the last refresh
-        self.set_batch(inputs, targets)
+        self._is_fresh = False
+        self._prepare()
 
     def __call__(self) -> Tensor:
         self._follow()
@@ -77,15 +81,32 @@ class FusedObjective(Objective):
         check_block(index, delta, self.flat.size)
         self._follow()
         inner, moved = self._for_ops(index, delta)
+        self._written.append(inner)
         self.flat.add(index, delta)
         if self._shift is not None:
             self._weights[inner] += moved
-        self._written.append(inner)
 
     def set_batch(self, inputs: Tensor, targets: Tensor, *, seed: int | None = None) -> None:
+        before = self.inputs, self.targets, self.seed
+        self.inputs, self.targets = inputs, targets
         self.seed = self.seed if seed is None else seed
-        check_batch(self.model, self.criterion, inputs, targets)
-        inputs, targets = inputs.long().contiguous(), targets.long().contiguous()
+        self._is_fresh = False
+        try:
+            self._prepare()
+        except BaseException:
+            self.inputs, self.targets, self.seed = before
+            raise
+
+    def _prepare(self) -> None:
+        """Take up the model and the batch as they are now."""
+        if self._watch.has_other_parts():
+            reason = why_not_fused_model(self.model, self.criterion)
+            if reason:
+                raise ValueError(reason)
+            self._all = list(self.model.parameters())
+        check_batch(self.model, self.criterion, self.inputs, self.targets)
+        self._watch.look((self.inputs, self.targets))
+        inputs, targets = self.inputs.long().contiguous(), self.targets.long().contiguous()
         sizes = _sizes(self.model, self.criterion)
         mask = _dropout_masks(self.model, inputs.shape, self.seed)
         old = self._plan
@@ -97,6 +118,7 @@ class FusedObjective(Objective):
             self._plan = old._replace(tokens=inputs, targets=targets, mask=mask)
         self.flat.changed()
         self._refresh()
+        self._is_fresh = True
 
     def _for_ops(self, index: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         index = index.contiguous()
@@ -112,7 +134,10 @@ class FusedObjective(Objective):
         return index, delta.to(self.flat.buffer.dtype).contiguous()
 
     def _follow(self) -> None:
-        if self.flat.changed() or (self._frozen and self._frozen_stamp != self._stamp_frozen()):
+        if not self._is_fresh or self._watch.changed():
+            self._is_fresh = False
+            self._prepare()
+        elif self.flat.changed():
             self._refresh()
         elif self._written:
             # Only now: between an accept and the next evaluation there often is another batch.
@@ -123,15 +148,11 @@ class FusedObjective(Objective):
 
     def _refresh(self) -> None:
         self._written.clear()
-        self._frozen_stamp = self._stamp_frozen()
         if self._shift is None:
             self._weights = self.flat.buffer
         else:
             self._weights = torch.cat([p.detach().reshape(-1) for p in self._all])
         self._loss = ops.fused_refresh(self._weights, self._plan)
-
-    def _stamp_frozen(self) -> list[tuple[int, int]]:
-        return [(p._version, p.data_ptr()) for p in self._frozen]
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from psfast.flat import trainable
 from psfast.objectives.base import Objective, check_block
 from psfast.objectives.fused_model import check_batch, why_not_fused_model
+from psfast.objectives.watch import Watch
 from psfast.random_state import seeded
 
 _INT32 = 2**31 - 1
@@ -28,7 +29,8 @@ class FusedCudaObjective(Objective):
     Losses are float64: the incumbent's plus a difference that the kernel computes, so that
     they are finer than the float32 loss itself. A trial point that cannot change the loss has
     the incumbent's, bitwise. No method waits for the device, but for ``set_batch``. An index
-    outside [0, N) gives NaN.
+    outside [0, N) gives NaN. Parameters must be finite: where one is infinite the loss may be
+    NaN though the model's is not.
 
     Under ``TRITON_INTERPRET=1`` it runs, slowly, on the CPU.
 
@@ -41,7 +43,7 @@ class FusedCudaObjective(Objective):
         self, model, criterion, inputs, targets, *, params=None, seed=0, precision="fp16x3"
     ):
         params = trainable(model.parameters()) if params is None else list(params)
-        reason = why_not_fused_model(model, criterion, params)
+        reason = why_not_fused_model(model, criterion)
         reason = reason or _why_not(model.head.weight.device, model.head.weight.dtype)
         if reason:
             raise ValueError(reason)
@@ -57,9 +59,11 @@ class FusedCudaObjective(Objective):
         self.model, self.criterion = model, criterion
         self.precision, self.seed = precision, seed
         self._kernels, self._errors = plan, TritonError
-        self._fixed = [p for p in model.parameters() if not any(p is q for q in self.params)]
+        self.inputs, self.targets = inputs, targets
+        self._watch = Watch(model, self.params)
         self._plan = self._cache = self._trial_cache = None
-        self.set_batch(inputs, targets)
+        self._is_fresh = False
+        self._prepare()
 
     def __call__(self) -> Tensor:
         self._follow()
@@ -93,9 +97,27 @@ class FusedCudaObjective(Objective):
         self._refresh()
 
     def set_batch(self, inputs: Tensor, targets: Tensor, *, seed: int | None = None) -> None:
-        check_batch(self.model, self.criterion, inputs, targets)
-        self.seed = self.seed if seed is None else seed
+        before = self.inputs, self.targets, self.seed
         self.inputs, self.targets = inputs, targets
+        self.seed = self.seed if seed is None else seed
+        self._is_fresh = False
+        try:
+            self._prepare()
+        except BaseException:
+            self.inputs, self.targets, self.seed = before
+            raise
+
+    def _prepare(self) -> None:
+        """Take up the model and the batch as they are now."""
+        if self._watch.has_other_parts():
+            reason = why_not_fused_model(self.model, self.criterion)
+            if reason:
+                raise ValueError(reason)
+        inputs, targets = self.inputs, self.targets
+        check_batch(self.model, self.criterion, inputs, targets)
+        self._watch.look((inputs, targets))
+        searched = set(self.params)
+        self._fixed = [p for p in self.model.parameters() if p not in searched]
         block = self.model.blocks[0]
         dropout = block.ff[3].p if block.ff[3].training else 0.0
         sizes = self._kernels.Sizes(
@@ -138,9 +160,13 @@ class FusedCudaObjective(Objective):
         except self._errors as error:
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"the kernels do not run on this device: {reason}") from error
+        self._is_fresh = True
 
     def _follow(self) -> None:
-        if self.flat.changed():
+        if not self._is_fresh or self._watch.changed():
+            self._is_fresh = False
+            self._prepare()
+        elif self.flat.changed():
             self._refresh()
 
     def _refresh(self) -> None:

@@ -2,16 +2,17 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all
 
-from psfast.models import Block, CausalSelfAttention, DecoderOnlyTransformer, MaskedCrossEntropy
+from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
 
-_AS_BUILT = (
-    *(DecoderOnlyTransformer, Block, CausalSelfAttention, MaskedCrossEntropy),
-    *(nn.Embedding, nn.LayerNorm, nn.Linear, nn.Dropout, nn.ReLU, nn.ModuleList, nn.Sequential),
-)
+# What may differ from a module as it was built: its tensors and submodules, that are compared
+# for themselves, its mode, and two numbers that only must be the same everywhere.
+_FREE = {"_parameters", "_buffers", "_modules", "training", "eps", "p"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def why_not_fused_model(model, criterion, params: list[nn.Parameter]) -> str | None:
+def why_not_fused_model(model, criterion) -> str | None:
     """Why a fused objective cannot stand for this model, None if it can."""
     if type(model) is not DecoderOnlyTransformer:
         return f"the model must be a DecoderOnlyTransformer, got {type(model).__name__}"
@@ -21,20 +22,41 @@ def why_not_fused_model(model, criterion, params: list[nn.Parameter]) -> str | N
     if len(kinds) > 1:
         names = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
         return f"the model must have one dtype and one device, got {names}"
-    for name, module in [*model.named_modules(), ("criterion", criterion)]:
-        if type(module) not in _AS_BUILT:
-            return f"the model must be as built, got {type(module).__name__} at {name!r}"
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return f"a hook or another forward is on {name!r}"
-    if _shapes(model) != _shapes(_twin(model)):
+    if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
+        return "a forward hook is on all modules"
+    twin = _twin(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    as_built = dict(twin.named_modules()) if twin is not None else {}
+    if list(modules) != list(as_built):
+        return "the model must be as built: no replaced, missing or further modules"
+    own_criterion = MaskedCrossEntropy(criterion.ignore_index)
+    pairs = [(name, module, as_built[name]) for name, module in modules.items()]
+    for name, module, built in [*pairs, ("criterion", criterion, own_criterion)]:
+        reason = _why_not_as_built(module, built)
+        if reason:
+            return f"the model must be as built, got {reason} at {name!r}"
+    if _shapes(model) != _shapes(twin):
         return "the model must be as built: no tied, replaced, missing or further parameters"
     if len({norm.eps for norm in _modules(model, nn.LayerNorm)}) > 1:
         return "all LayerNorms must have the same eps"
     if len({(drop.p, drop.training) for drop in _modules(model, nn.Dropout)}) > 1:
         return "all Dropouts must have the same p and the same mode"
-    known = set(model.parameters())
-    foreign = sum(p not in known for p in params)
-    return f"params must be the model's own, got {foreign} others" if foreign else None
+    return None
+
+
+def _why_not_as_built(module: nn.Module, built: nn.Module) -> str | None:
+    if type(module) is not type(built):
+        return type(module).__name__
+    own, expected = vars(module), vars(built)
+    if any(own[name] for name in _HOOKS):
+        return "a forward hook"
+    for name in expected.keys() - _FREE:
+        if own.get(name) != expected[name]:
+            return f"{name}={own.get(name)!r}"
+    # In place of what the class has, `forward` say; but compiled it is the same function.
+    over = {n for n in own.keys() - expected.keys() if hasattr(type(module), n)}
+    over.discard("_compiled_call_impl")
+    return f"another {min(over)}, as by a hook," if over else None
 
 
 def check_batch(model, criterion, inputs: Tensor, targets: Tensor) -> None:
@@ -71,15 +93,18 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: p.shape for name, p in model.named_parameters()}
 
 
-def _twin(model: DecoderOnlyTransformer) -> DecoderOnlyTransformer:
-    """A model of the same sizes as it was built, without memory."""
-    block = model.blocks[0]
-    with torch.device("meta"):
-        return DecoderOnlyTransformer(
-            vocab_size=model.vocab_size,
-            d_model=model.head.in_features,
-            n_layers=len(model.blocks),
-            n_heads=block.attention.n_heads,
-            d_ff=block.ff[0].out_features,
-            max_len=model.max_len,
-        )
+def _twin(model: DecoderOnlyTransformer) -> DecoderOnlyTransformer | None:
+    """A model of the same sizes as it was built, without memory; None if it has no such sizes."""
+    try:
+        block = model.blocks[0]
+        with torch.device("meta"):
+            return DecoderOnlyTransformer(
+                vocab_size=model.vocab_size,
+                d_model=model.head.in_features,
+                n_layers=len(model.blocks),
+                n_heads=block.attention.n_heads,
+                d_ff=block.ff[0].out_features,
+                max_len=model.max_len,
+            )
+    except (AttributeError, IndexError, TypeError, ValueError):  # other modules are there
+        return None

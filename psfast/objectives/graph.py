@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from psfast.flat import trainable
-from psfast.objectives.base import check_block
+from psfast.objectives.base import CompositeLoss, check_block
 from psfast.objectives.serial import SerialObjective
+from psfast.objectives.watch import Watch
 
 _CAPACITY = 4096  # trial points that the device holds at a time
 _ROUND = 32  # replays between two looks at the losses, where the caller may stop early
@@ -144,18 +145,20 @@ class GraphObjective(SerialObjective):
 
     def _follow(self) -> None:
         """Capture again if the parameters have moved; new values are read by any replay."""
-        if self.flat.changed() and self.flat.buffer.data_ptr() != self._address:
+        self.flat.changed()
+        if self.flat.buffer.data_ptr() != self._address:
             self._prepare()
 
     def _prepare(self) -> None:
+        self._address: int | None = None  # none is served until all of this is done
         self._cursor = Cursor.on(self.flat.buffer)
-        self._address = self.flat.buffer.data_ptr()
         self._cursor.bar.fill_(-math.inf)
         with self._evaluation(), self._found_buffers():
             self._checked_closure()
         self._replay = self._step
         if self._capturing:
             self._replay = self._captured().replay
+        self._address = self.flat.buffer.data_ptr()
 
     def _step(self) -> None:
         trial_step(self.closure, self.flat.buffer, self._cursor)
@@ -164,12 +167,16 @@ class GraphObjective(SerialObjective):
 
     def _checked_closure(self) -> None:
         self._seed_all()
+        before, versions = self.flat.buffer.clone(), [p._version for p in self.params]
         try:
             loss = self.closure()
         except RuntimeError as error:
             if "does not require grad" in str(error):
                 raise ValueError("the closure runs backward()") from error
             raise
+        if versions != [p._version for p in self.params]:
+            self.flat.buffer.copy_(before)
+            raise ValueError("the closure writes to parameters")
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"the closure must return a scalar tensor, got {type(loss).__name__}")
         if loss.device != self.flat.buffer.device:
@@ -206,6 +213,7 @@ class GraphModelObjective(GraphObjective):
             if not isinstance(value, Tensor):
                 raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
         self.model, self.criterion = model, criterion
+        self._batch = inputs, targets
         self.inputs, self.targets = inputs.clone(), targets.clone()
         super().__init__(
             lambda: self.criterion(self.model(self.inputs), self.targets),
@@ -213,9 +221,30 @@ class GraphModelObjective(GraphObjective):
             seed=seed,
             capture=capture,
         )
+        self._watch = Watch(CompositeLoss(model, criterion), self.params)
+        self._watch.look(self._batch)
+
+    def _follow(self) -> None:
+        if self._watch.changed():
+            if self._watch.has_other_parts():
+                self._address = None
+            self._watch.look(self._batch)
+            self._load(*self._batch)
+        super()._follow()
 
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
+        before = self.inputs, self.targets, self.seed
         self.seed = self.seed if seed is None else seed
+        try:
+            self._load(inputs, targets)
+        except BaseException:
+            self.inputs, self.targets, self.seed = before
+            raise
+        self._batch = inputs, targets
+        self._watch.look(self._batch)
+
+    def _load(self, inputs: Tensor, targets: Tensor) -> None:
+        """Copy the batch to the fixed places, or to new ones if it has other shapes."""
         batch, fixed = (inputs, targets), (self.inputs, self.targets)
         if all(
             new.shape == old.shape and new.dtype == old.dtype

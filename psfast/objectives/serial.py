@@ -4,13 +4,15 @@ import ctypes
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 
 from psfast import random_state
 from psfast.flat import FlatParameters, trainable
-from psfast.objectives.base import Objective, check_block
+from psfast.objectives.base import CompositeLoss, Objective, check_block, check_point
+from psfast.objectives.watch import Watch
 
 _BACKWARD = (
     "the closure runs backward(), which pattern search never needs and which makes a trial point "
@@ -18,6 +20,7 @@ _BACKWARD = (
     "psfast.lightning.PatternSearchMixin)"
 )
 _CELLS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
+_version = attrgetter("_version")
 
 
 class SerialObjective(Objective):
@@ -29,8 +32,9 @@ class SerialObjective(Objective):
     seed: the random state that every evaluation starts from, so that all trial points see
         the same dropout mask; the global random state is left as it was
 
-    The old value is saved and written back, never recomputed, and buffers (BatchNorm
-    statistics) that an evaluation changes are restored: nothing drifts.
+    The old value is saved and written back, never recomputed. What an evaluation itself writes
+    to parameters (an embedding's ``max_norm``) and buffers (BatchNorm statistics) is restored:
+    nothing drifts.
     """
 
     backend = "serial"
@@ -43,17 +47,18 @@ class SerialObjective(Objective):
         self._warned = False
         self._cells = _Cells(self.flat)
         self._buffers: list[_SavedBuffer] = []
+        self._incumbent: Tensor | None = None  # the parameters' values
+        self._is_incumbent = False  # whether those still are
+        self._versions: list[int] = []
 
     def __call__(self) -> Tensor:
-        if self.flat.changed():
-            self._cells = _Cells(self.flat)
+        self._take_up()
         with self._evaluation(), self._found_buffers():
             return torch.tensor(self._evaluate(), dtype=torch.float64)
 
     def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
         check_block(index, delta, self.flat.size)
-        if self.flat.changed():
-            self._cells = _Cells(self.flat)
+        self._take_up()
         cells, values = self._cells.array, []
         with self._evaluation():
             for i, d in zip(index.tolist(), delta.to(self.flat.buffer.dtype).tolist(), strict=True):
@@ -71,8 +76,8 @@ class SerialObjective(Objective):
         return torch.tensor(values, dtype=torch.float64)
 
     def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
-        check_block(index, delta, self.flat.size)
-        self.flat.changed()
+        check_point(index, delta, self.flat.size)
+        self._take_up()
         buffer = self.flat.buffer
         with self._evaluation():
             saved = buffer[index]
@@ -83,17 +88,39 @@ class SerialObjective(Objective):
                 buffer[index] = saved
 
     def accept(self, index: Tensor, delta: Tensor) -> None:
-        check_block(index, delta, self.flat.size)
+        check_point(index, delta, self.flat.size)
+        was, self._is_incumbent = self._is_incumbent, False
         self.flat.add(index, delta)
+        if was:
+            self._incumbent.index_add_(0, index, delta.to(self._incumbent.dtype))
+            self._is_incumbent = True
+
+    def _take_up(self) -> None:
+        """See what others have changed; keep the incumbent in case that the closure writes."""
+        if self.flat.changed():
+            self._cells = _Cells(self.flat)
+            self._is_incumbent = False
+        if not self._is_incumbent:
+            buffer = self.flat.buffer
+            if self._incumbent is None or self._incumbent.device != buffer.device:
+                self._incumbent = torch.empty_like(buffer)
+            self._incumbent = self._incumbent.to(buffer.dtype).copy_(buffer)
+            self._is_incumbent = True
+        self._versions = list(map(_version, self.params))
 
     def _evaluate(self) -> float:
-        """The closure's loss here, as a number; buffers are restored."""
+        """The closure's loss here, as a number; what it writes is restored."""
         self._seed_all()
         try:
             return _as_number(self._call())
         finally:
             for buffer in self._buffers:
                 buffer.restore()
+            # Our own writes go to the memory, or through a tensor with a counter of its own.
+            if self._versions != list(map(_version, self.params)):
+                self.flat.buffer.copy_(self._incumbent)
+                self.flat.changed()
+                self._versions = list(map(_version, self.params))
 
     def _call(self):
         if self._needs_grad:
@@ -169,6 +196,12 @@ class SerialModelObjective(SerialObjective):
             trainable(model.parameters()) if params is None else params,
             seed=seed,
         )
+        self._watch = Watch(CompositeLoss(model, criterion), self.params)
+
+    def _take_up(self) -> None:
+        if self._watch.has_other_parts():
+            self._watch.look(())
+        super()._take_up()
 
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
         self.inputs, self.targets = inputs, targets

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from psfast.objectives.batched import dense, sparse
 from psfast.objectives.batched.incumbent import Incumbent, has_bits
+from psfast.objectives.batched.modes import no_fallback_notes
 from psfast.objectives.batched.plan import Plan
 from psfast.objectives.batched.rows import keep_counted_rows
 from psfast.objectives.batched.sparse_layers import HEAVY
@@ -131,6 +132,7 @@ class Evaluator:
 
         return self.incumbent.replay(plan.programs, ("heavy", K, self.incumbent.rows), run, tensors)
 
+    @no_fallback_notes()
     def _run(self, plan: Plan, env: dict, K: int, check: bool = False) -> Tensor:
         env = dict(env)
         same = True

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from psfast.objectives.batched import dense, sparse
+from psfast.objectives.batched.modes import no_fallback_notes
 from psfast.objectives.batched.program import Program, Unrecordable, record
 from psfast.objectives.batched.trace import Graph, Node, Ref
 from psfast.objectives.batched.values import Batch
@@ -193,6 +194,7 @@ class Incumbent:
         before = self.graph.nodes[self.graph.loss].value
         return self.forward(nodes).get(self.graph.loss, before)
 
+    @no_fallback_notes()
     def forward(self, nodes: list[Node]) -> dict:
         """The new values of these nodes, by number; the others are as they are.
 

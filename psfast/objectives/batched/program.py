@@ -7,12 +7,14 @@ the function that it was recorded from.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from psfast.objectives.batched.modes import run_under
 from psfast.objectives.batched.trace import Node
 
 aten = torch.ops.aten
@@ -88,12 +90,12 @@ class _Recorder(TorchDispatchMode):
         self.all_reads: set[int] = set()
 
     def run(self, function: Callable, inputs: list[Tensor], store) -> Program:
-        outer, _Recorder.active = _Recorder.active, self
+        outer = _Recorder.active
         arguments = [f"x{i}" for i in range(len(inputs))]
         self.names.update({id(x): name for x, name in zip(inputs, arguments, strict=True)})
         try:
-            with self:
-                out = function(*inputs)
+            _Recorder.active = self
+            out = run_under(self, function, *inputs)
         finally:
             _Recorder.active = outer
         self.reads = []
@@ -232,7 +234,7 @@ def _binding(op, args: tuple, kwargs: dict) -> Callable:
 
     That is one that comes down to this very call; ``op`` itself where there is none.
     """
-    key = (op, tuple(map(type, args)), tuple(kwargs))
+    key = (op, tuple(map(_kind, args)), tuple(kwargs))
     if key not in _bindings:
         name = op._schema.name.partition("::")[2]
         candidates = [getattr(p, name, None) for p in (torch._C._VariableFunctions, Tensor)]
@@ -241,12 +243,17 @@ def _binding(op, args: tuple, kwargs: dict) -> Callable:
     return _bindings[key]
 
 
+def _kind(value) -> tuple:
+    """Its type and its items': torch's functions take other lists than its operations do."""
+    inner = frozenset(map(type, value)) if isinstance(value, (list, tuple)) else None
+    return type(value), inner
+
+
 def _comes_down_to(function: Callable, op, args: tuple, kwargs: dict) -> bool:
-    outer, _Recorder.active = _Recorder.active, None
-    spy = _Spy()
+    outer, spy = _Recorder.active, _Spy()
     try:
-        with spy:
-            function(*args, **kwargs)
+        _Recorder.active = None
+        run_under(spy, partial(function, *args, **kwargs))
     except _Seen:
         got, spec = pytree.tree_flatten(spy.seen)
         expected, expected_spec = pytree.tree_flatten((op, args, kwargs))

@@ -132,6 +132,9 @@ class _Region:
             if rows < 0 and (node.number in self.members or node is self.loss):
                 target, ignored = self.loss.args[1], self.loss.args[4]
                 hits = emit(aten.ne.Scalar, Ref(place[target]), ignored)
+                # where nothing counts all rows do: of none there are no shapes, and no loss NaN
+                none = emit(aten.logical_not.default, Ref(emit(aten.any.default, Ref(hits))))
+                hits = emit(aten.logical_or.default, Ref(hits), Ref(none))
                 rows = emit(aten.squeeze.dim, Ref(emit(aten.nonzero.default, Ref(hits))), 1)
             if node.number in self.members and node.op in _RESHAPES:
                 place[node.number] = int(counted(node.args[0]))
@@ -149,6 +152,7 @@ class _Region:
             place[node.number] = new.number
             nodes.append(new)
         state = {place[i]: tensor for i, tensor in self.graph.state.items()}
-        graph = Graph(nodes, place[self.graph.loss], state, [place[i] for i in self.graph.data])
+        data = [place[i] for i in self.graph.data]
+        graph = Graph(nodes, place[self.graph.loss], state, data, self.graph.constants)
         graph.rows = rows
         return graph

@@ -7,7 +7,7 @@ own (so a mask is drawn once and then held), and control flow that reads a value
 
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -16,6 +16,7 @@ from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from psfast.objectives.batched.modes import NoReadValues, run_under, shares_memory, spans
 from psfast.random_state import seeded
 
 aten = torch.ops.aten
@@ -109,14 +110,23 @@ class Graph:
     state: number of a node -> the parameter or buffer that it stands for
     data: the numbers of the nodes of the tensors among inputs and targets, in tree order
     rows: the number of the node of the rows that the loss counts, if only those are computed
+    constants: the tensors from outside of module and batch that the loss reads
     fixed_batch: the graph holds for this one batch only (an output's shape depends on values)
     """
 
-    def __init__(self, nodes, loss: int, state: dict[int, Tensor], data: list[int]):
+    def __init__(
+        self,
+        nodes,
+        loss: int,
+        state: dict[int, Tensor],
+        data: list[int],
+        constants: Sequence[Tensor] = (),
+    ):
         self.nodes: list[Node] = nodes
         self.loss = loss
         self.state = state
         self.data = data
+        self.constants = constants
         self.rows: int | None = None
         self.fixed_batch = any(n.dynamic for n in nodes)
 
@@ -138,47 +148,32 @@ class Graph:
                 node.weight &= any(n.weight for n in read)
 
 
-class _Loss(nn.Module):
-    def __init__(self, model: nn.Module, criterion: Callable):
-        super().__init__()
-        self.model = model
-        self.criterion = criterion
-
-    def forward(self, inputs, targets):
-        return self.criterion(self.model(inputs), targets)
-
-
-def plain_loss(model, criterion, inputs, targets, seed: int, state: dict | None = None) -> Tensor:
+def plain_loss(loss: nn.Module, inputs, targets, seed: int) -> Tensor:
     """The loss as the model computes it, with the dropout masks of ``seed``.
 
-    state: values to use in place of the parameters' (keys as in ``composite_state``).
-    Buffers are copied, so what the forward pass writes to them is lost.
+    What the forward pass writes to parameters and buffers is lost: it is given copies.
     """
-    loss = _Loss(model, criterion)
-    buffers = {name: b.clone() for name, b in loss.named_buffers()}
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    state = {name: t.detach().clone() for name, t in named_state(loss).items()}
+    device = next((p.device for p in loss.parameters()), torch.device("cpu"))
     with plain_kernels(), seeded(seed, device):
-        return functional_call(loss, {**buffers, **(state or {})}, (inputs, targets))
+        return functional_call(loss, state, (inputs, targets))
 
 
-def composite(model: nn.Module, criterion: Callable) -> nn.Module:
-    """inputs, targets -> loss, as one module."""
-    return _Loss(model, criterion)
+def named_state(loss: nn.Module) -> dict[str, Tensor]:
+    """Parameters, then buffers, by name; tied ones once."""
+    return {**dict(loss.named_parameters()), **dict(loss.named_buffers())}
 
 
-def composite_state(model: nn.Module, criterion: Callable) -> tuple[dict, dict]:
-    """(parameters, buffers) of model and criterion by name, tied ones once."""
-    loss = _Loss(model, criterion)
-    return dict(loss.named_parameters()), dict(loss.named_buffers())
-
-
-def signature(model: nn.Module, inputs, targets) -> tuple:
-    """What is found out about a batch holds for: its structure, and which modules train."""
+def signature(loss: nn.Module, inputs, targets) -> tuple:
+    """What is found out holds for: the batch's structure, the modules, and which of them train."""
     leaves, spec = pytree.tree_flatten((inputs, targets))
-    kinds = [
-        (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves
-    ]
-    return spec, kinds, [m.training for m in model.modules()]
+    modules = list(loss.modules())
+    state = [(name, *_kind(t)) for name, t in named_state(loss).items()]
+    return spec, list(map(_kind, leaves)), state, modules, [m.training for m in modules]
+
+
+def _kind(x) -> tuple:
+    return (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else (x,)
 
 
 def refuse_autocast(device: torch.device) -> None:
@@ -211,48 +206,45 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def trace(model: nn.Module, criterion: Callable, inputs, targets, device) -> Graph:
-    """The graph of the loss on this batch.
+def trace(loss: nn.Module, inputs, targets, device) -> Graph:
+    """The graph of the loss (of ``inputs`` and ``targets``) on this batch.
 
     Raises ValueError, with the reason, for what cannot be traced.
     """
-    loss = _Loss(model, criterion)
-    params, buffers = composite_state(model, criterion)
+    state = named_state(loss)
+    live = list(state.values())
     leaves, spec = pytree.tree_flatten((inputs, targets))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
-    def run(params, buffers, tensors):
+    def run(state, tensors):
         batch = list(leaves)
         for i, tensor in zip(places, tensors, strict=True):
             batch[i] = tensor
-        return functional_call(
-            loss, {**params, **buffers}, tuple(pytree.tree_unflatten(batch, spec))
-        )
+        return functional_call(loss, state, tuple(pytree.tree_unflatten(batch, spec)))
 
     def example():
-        return (
-            {name: p.detach() for name, p in params.items()},
-            {name: b.clone() for name, b in buffers.items()},
-            [leaves[i].detach() for i in places],
-        )
+        copies = {name: t.detach().clone() for name, t in state.items()}
+        return copies, [leaves[i].detach() for i in places]
 
-    flat, tree = pytree.tree_flatten(example())
-    table = {aten.linear.default: _linear}
+    def both_passes() -> torch.fx.GraphModule:
+        """The first takes composite ops apart, which may write in place to views; the second
+        sees every write and turns it into a new value."""
+        flat, tree = pytree.tree_flatten(example())
+        table = {aten.linear.default: _linear}
+        first = make_fx(lambda *a: run(*pytree.tree_unflatten(a, tree)), table)(*flat)
+        functional = functionalize(first, remove="mutations")
+        return make_fx(functional)(*pytree.tree_leaves(example()))
+
     try:
         with plain_kernels(), seeded(0, device):
-            # Twice: the first pass takes composite ops apart, which may write in place to
-            # views; the second one sees every write and turns it into a new value.
-            first = make_fx(lambda *a: run(*pytree.tree_unflatten(a, tree)), table)(*flat)
-            flat = pytree.tree_leaves(example())
-            functional = functionalize(first, remove="mutations")
-            traced = make_fx(functional)(*flat)
-            _fold_expanded_products(traced.graph)
+            traced = run_under(NoReadValues(live), both_passes)
+        _fold_expanded_products(traced.graph)
+        return _read(traced, live, len(places))
     except Exception as error:  # whatever a user's forward raises, tracing is not for it
         reason = str(error).strip().splitlines()
         raise ValueError(
             f"the model cannot be traced: {type(error).__name__}: {reason[0] if reason else ''}"
         ) from error
-    return _read(traced, list(params.values()) + list(buffers.values()), len(places))
 
 
 def _fold_expanded_products(graph: torch.fx.Graph) -> None:
@@ -281,10 +273,15 @@ def _shape(node: torch.fx.Node) -> list[int]:
 
 
 def _read(traced: torch.fx.GraphModule, state: list[Tensor], n_data: int) -> Graph:
-    """Our nodes from torch's, without what the loss does not need."""
+    """Our nodes from torch's, without what the loss does not need.
+
+    Raises ValueError, with the reason, for what is no graph of our kind.
+    """
     traced.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     nodes: list[Node] = []
     number: dict[torch.fx.Node, int] = {}
+    constants: list[Tensor] = []
+    hidden = spans(state)
     loss = None
     for fx in traced.graph.nodes:
         if fx.op == "output":
@@ -301,6 +298,12 @@ def _read(traced: torch.fx.GraphModule, state: list[Tensor], n_data: int) -> Gra
             node = Node(len(nodes), None)
             if fx.op == "get_attr":
                 node.value = getattr(traced, fx.target).detach()
+                constants.append(getattr(traced, fx.target))
+                if shares_memory(node.value, hidden):
+                    raise ValueError(
+                        "it reads a parameter or buffer behind the module's back, not as the "
+                        "module's own"
+                    )
         meta = fx.meta.get("tensor_meta")
         node.shape = tuple(meta.shape) if hasattr(meta, "shape") else None
         number[fx] = node.number
@@ -319,6 +322,7 @@ def _read(traced: torch.fx.GraphModule, state: list[Tensor], n_data: int) -> Gra
         number[loss],
         dict(zip(placeholders[:n_state], state, strict=True)),
         placeholders[n_state:],
+        constants,
     )
 
 
@@ -338,7 +342,7 @@ def _deciding(fx: torch.fx.Node) -> list[torch.fx.Node]:
     if fx.target is not aten.index.Tensor:
         return fx.all_input_nodes
     masks = [n for n in fx.args[1] if n is not None]
-    return [n for n in masks if n.meta["tensor_meta"].dtype in (torch.bool, torch.uint8)]
+    return [n for n in masks if n.meta["val"].dtype in (torch.bool, torch.uint8)]
 
 
 def _check(op) -> None:

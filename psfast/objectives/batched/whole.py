@@ -5,21 +5,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psfast.flat import trainable
-from psfast.objectives.base import Objective, check_block
+from psfast.objectives.base import CompositeLoss, Objective, check_block, check_point
+from psfast.objectives.batched.incumbent import has_bits
+from psfast.objectives.batched.modes import NoHiddenReads, no_fallback_notes, run_under
 from psfast.objectives.batched.trace import (
-    composite,
     plain_kernels,
     refuse_autocast,
     signature,
 )
 from psfast.objectives.batched.workspace import checked_workspace
+from psfast.objectives.watch import Watch
 from psfast.random_state import seeded
 
 _LARGEST_CHUNK = 64
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 class VmapObjective(Objective):
@@ -56,18 +59,16 @@ class VmapObjective(Objective):
         super().__init__(trainable(model.parameters()) if params is None else params)
         self.inputs, self.targets, self.seed = inputs, targets, seed
         self.workspace = checked_workspace(workspace, self.flat.buffer.device)
-        self._composite = composite(model, criterion)
-        names = {p: name for name, p in self._composite.named_parameters()}
-        if any(p not in names for p in self.params):
-            raise ValueError("params must belong to the model or the criterion")
-        self._names = [names[p] for p in self.params]
+        self._composite = CompositeLoss(model, criterion)
+        self._watch = Watch(self._composite, self.params)
         self._incumbent: Tensor | None = None
-        self._verify()
+        self._verified_for: tuple | None = None
+        self._refresh()
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        refuse_autocast(self.flat.buffer.device)
-        if self.flat.changed() or self._incumbent is None:
+        self._follow()
+        if self._incumbent is None:
             self._incumbent = self._plain()
         return self._incumbent.clone()
 
@@ -90,8 +91,8 @@ class VmapObjective(Objective):
 
     @torch.no_grad()
     def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
-        check_block(index, delta, self.flat.size)
-        self.flat.changed()
+        check_point(index, delta, self.flat.size)
+        self._follow()
         buffer = self.flat.buffer
         saved = buffer[index]
         try:
@@ -99,27 +100,48 @@ class VmapObjective(Objective):
             return self._plain()
         finally:
             buffer[index] = saved
-            self._incumbent = None
 
     @torch.no_grad()
     def accept(self, index: Tensor, delta: Tensor) -> None:
-        check_block(index, delta, self.flat.size)
-        self.flat.changed()
-        self.flat.add(index, delta)
+        check_point(index, delta, self.flat.size)
+        self._follow()
         self._incumbent = None
+        self.flat.add(index, delta)
 
     @torch.no_grad()
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
+        before = self.inputs, self.targets, self.seed
         self.inputs, self.targets = inputs, targets
         self.seed = self.seed if seed is None else seed
+        try:
+            self._refresh()
+            self()
+        except BaseException:
+            self.inputs, self.targets, self.seed = before
+            self._verified_for = None
+            raise
+
+    def _follow(self) -> None:
+        """See what others have changed of the model and the batch."""
+        refuse_autocast(self.flat.buffer.device)
+        if self.flat.changed() or self._watch.changed() or self._verified_for is None:
+            self._refresh()
+
+    def _refresh(self) -> None:
+        """Take up the state and the batch as they are now."""
         self._incumbent = None
-        if signature(self._composite, inputs, targets) != self._verified_for:
+        found = signature(self._composite, self.inputs, self.targets)
+        if found != self._verified_for:
+            self._verified_for = None
+            self._watch.look(())
             self._verify()
+            self._verified_for = found
+        self._watch.look(pytree.tree_leaves((self.inputs, self.targets)))
 
     # --- evaluation -----------------------------------------------------------------------
 
     def _evaluate(self, run: Callable) -> Tensor:
-        with plain_kernels(), seeded(self.seed, self.flat.buffer.device):
+        with no_fallback_notes(), plain_kernels(), seeded(self.seed, self.flat.buffer.device):
             return run()
 
     def _loss(self, state: dict) -> Tensor:
@@ -149,12 +171,17 @@ class VmapObjective(Objective):
     @torch.no_grad()
     def _verify(self) -> None:
         refuse_autocast(self.flat.buffer.device)
-        self._verified_for = signature(self._composite, self.inputs, self.targets)
-        with _Allocations() as one:
-            plain = self._plain()
+        names = {p: name for name, p in self._composite.named_parameters()}
+        self._names = [names[p] for p in self.params]
+        one = _Allocations()
+        copies = {name: p.detach().clone() for p, name in names.items()}
+        plain = run_under(one, self._evaluate, lambda: self._loss(copies))
+        written = [name for name, copy in copies.items() if copy._version]
+        if written:
+            raise ValueError(f"the forward pass writes to the parameter {written[0]!r}")
         if plain.ndim:
             raise ValueError(f"the loss must be a scalar, got shape {tuple(plain.shape)}")
-        if not torch.equal(plain, self._plain()):
+        if not has_bits(plain, self._plain()):
             raise ValueError("the model's loss differs from one evaluation to the next")
         widest = max(p.nbytes for p in self.params)
         most = max(2, min(_LARGEST_CHUNK, self.workspace // (one.bytes + 2 * widest)))
@@ -163,14 +190,14 @@ class VmapObjective(Objective):
         steady = set(sizes)
         for number in range(len(self.params)):
             found = self._at_another_point(number, most, generator)
-            for size in sizes:
-                steady -= {size} if not torch.equal(found(size), found(most)[:1]) else set()
+            one_loss = found(most)[0]
+            steady = {size for size in steady if has_bits(found(size), one_loss)}
         if most not in steady:
             raise ValueError("the bits of a loss depend on its place in the chunk under vmap")
         self._sizes = sorted(steady)
 
     def _at_another_point(self, number: int, most: int, generator: torch.Generator) -> Callable:
-        """size -> the one loss of all members of a chunk where one tensor has moved.
+        """size -> the losses (size,) of a chunk in which one tensor has moved, for all alike.
 
         Raises ValueError if it is not the model's.
         """
@@ -185,7 +212,8 @@ class VmapObjective(Objective):
 
         def found(size: int) -> Tensor:
             try:
-                losses = self._stacked(number, moved.expand(size, *p.shape).clone())
+                values = moved.expand(size, *p.shape).clone()
+                losses = run_under(NoHiddenReads(p), self._stacked, number, values)
             except Exception as error:  # whatever a user's forward raises, vmap is not for it
                 reason = str(error).strip().splitlines()
                 raise ValueError(
@@ -198,7 +226,7 @@ class VmapObjective(Objective):
                 raise ValueError(
                     f"vmap does not reproduce the model when {self._names[number]} moves"
                 )
-            return losses.unique()
+            return losses
 
         return found
 
