@@ -153,6 +153,9 @@ class ForcedOutcomes(Objective):
         self.position += decided
         return self.level + self._changes[start : start + count]
 
+    def undisturbed(self):
+        return self.inner.undisturbed()
+
     def accept(self, index, delta) -> None:
         self.level -= 1.0
         self.inner.accept(index, delta)

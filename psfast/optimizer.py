@@ -213,6 +213,10 @@ class PatternSearch(torch.optim.Optimizer):
         objective = self._objective(closure)
         if self.converged and self._poll.incumbent is not None:
             return self._report(started, self._poll)
+        with objective.undisturbed():
+            return self._step(objective, started)
+
+    def _step(self, objective: Objective, started: float) -> Tensor:
         self._evaluate_incumbent(objective)
         before, radius, accepted, speculated, failed = self._poll, self.radius, [], 0, False
         while not accepted and not failed:

@@ -717,3 +717,26 @@ def test_no_notes_of_torch_are_printed(capfd):
     f = BatchedObjective(model, nn.CrossEntropyLoss(), torch.randint(0, 10, (5, 2)), classes(5))
     f.losses(*some_points(f, 9))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["mlp", "decoder", "gru"])
+def test_the_loss_after_an_accept_is_the_one_that_was_tried(name, dtype):
+    f, fresh = (BatchedObjective(*build(name, dtype)) for _ in range(2))
+    index, delta = some_points(f, 6)
+    for k in range(6):
+        tried = f.losses(index[k : k + 2], delta[k : k + 2])
+        f.accept(index[k : k + 1], delta[k : k + 1])
+        fresh.accept(index[k : k + 1], delta[k : k + 1])
+        assert torch.equal(f(), tried[0]) and torch.equal(f(), fresh())
+        assert torch.equal(f.losses(index, delta), fresh.losses(index, delta))
+
+
+def test_a_loss_that_was_tried_on_another_batch_is_forgotten():
+    model, criterion, inputs, targets = build("mlp")
+    f = BatchedObjective(model, criterion, inputs, targets)
+    index, delta = some_points(f, 1)
+    f.losses(index[:1], delta[:1])
+    f.set_batch(inputs * 2, targets)
+    f.accept(index[:1], delta[:1])
+    torch.testing.assert_close(f(), criterion(model(inputs * 2), targets).detach())

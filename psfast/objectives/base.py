@@ -1,6 +1,7 @@
 """What every objective offers to the search."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ class Objective:
 
     backend: str
     overhead = 8.0
+    _has_looked: bool | None = None  # None: outside of ``undisturbed``
 
     def __init__(self, params: Sequence[nn.Parameter]):
         self.flat = FlatParameters(params)
@@ -66,6 +68,23 @@ class Objective:
         that when it evaluates.
         """
         raise NotImplementedError(f"{type(self).__name__} has no batch to set")
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Inside, nobody else changes the model or the batch: that is looked for but once."""
+        self._has_looked = False
+        try:
+            yield
+        finally:
+            self._has_looked = None
+
+    def _must_look(self) -> bool:
+        """Whether others may have changed something since the last call."""
+        if self._has_looked:
+            return False
+        if self._has_looked is not None:
+            self._has_looked = True
+        return True
 
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}, N={self.flat.size}"

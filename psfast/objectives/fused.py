@@ -134,10 +134,11 @@ class FusedObjective(Objective):
         return index, delta.to(self.flat.buffer.dtype).contiguous()
 
     def _follow(self) -> None:
-        if not self._is_fresh or self._watch.changed():
+        looks = self._must_look()
+        if looks and (not self._is_fresh or self._watch.changed()):
             self._is_fresh = False
             self._prepare()
-        elif self.flat.changed():
+        elif looks and self.flat.changed():
             self._refresh()
         elif self._written:
             # Only now: between an accept and the next evaluation there often is another batch.

@@ -163,6 +163,8 @@ class FusedCudaObjective(Objective):
         self._is_fresh = True
 
     def _follow(self) -> None:
+        if not self._must_look():
+            return
         if not self._is_fresh or self._watch.changed():
             self._is_fresh = False
             self._prepare()

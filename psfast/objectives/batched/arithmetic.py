@@ -11,23 +11,30 @@ import torch
 from torch import Tensor
 
 _LEAST_WIDTH = 16  # of a product's result: narrower ones gain little
-_LEAST_WORK = 1 << 20  # multiplications that are worth oneDNN's longer call
+_LEAST_WORK = 1 << 20  # multiplications of one product from which oneDNN is worth its longer call
+_LEAST_BLOCK = 1 << 22  # the same of a block of them, which may be of any size
 _MOST_CLASSES = 15  # with more, torch's log_softmax works in vectors
 _ROWS_AT_A_TIME = 64  # a multiple of what log_softmax takes at a time, on every thread
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, points: int = 1) -> Tensor:
     """x @ weight + bias. x: (rows, in), weight: (in, out), bias: (out,) -> (rows, out)
+
+    points: how many trial points the rows are of, as many each
 
     torch computes float32 products with MKL, which leaves half of the machine unused where it
     does not know the processor (measured: 105 of 256 GFLOP/s a core on an AMD Zen 5; oneDNN
-    200 to 250, at 10 us more a call). How many rows there are does not change the bits, where
-    it changes the library.
+    200 to 250, at 10 to 20 us more a call). Where the two differ in bits, the work of one trial
+    point decides, and all of its blocks go the same way.
     """
     is_eligible = x.dtype == torch.float32 and x.device.type == "cpu" and weight.dim() == 2
     if is_eligible and weight.shape[1] >= _LEAST_WIDTH and (bias is None or bias.dim() == 1):
-        many = len(x) * weight.numel() >= _LEAST_WORK
-        if many if _products_agree(*weight.shape) else _has_onednn():
+        work = len(x) * weight.numel()
+        if _products_agree(*weight.shape):
+            is_worth_it = work > _LEAST_BLOCK
+        else:
+            is_worth_it = work // points > _LEAST_WORK and _has_onednn()
+        if is_worth_it:
             return _onednn(x, weight, bias)
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
@@ -48,9 +55,9 @@ def _has_onednn() -> bool:
 
 @cache
 def _products_agree(width: int, out: int) -> bool:
-    """Whether both libraries give the same bits: where they do not, few rows go to oneDNN too.
+    """Whether oneDNN is there and has MKL's bits.
 
-    They add in the same order up to some width, and in blocks of their own beyond.
+    Both add in the same order up to some width, and MKL in blocks beyond.
     """
     if not _has_onednn():
         return False

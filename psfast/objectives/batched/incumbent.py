@@ -53,6 +53,9 @@ class Incumbent:
             node.shapes["weights"] = {place for place, read in refs.items() if read.weight}
             node.shapes["fixed"] = {place for place, read in refs.items() if not read.depends}
         self._cut()
+        # The loss after an accept, from when it was tried: (index, delta) -> loss
+        self.known_loss: Tensor | None = None
+        self.tried: dict[tuple[int, float], Tensor] = {}
         self._programs: dict[tuple, Program | int] = {}
 
     def _cut(self) -> None:
@@ -83,6 +86,8 @@ class Incumbent:
 
     @property
     def loss(self) -> Tensor:
+        if self.known_loss is not None:
+            return self.known_loss
         self.bring_up_to_date()
         return self.graph.nodes[self.graph.loss].value
 
@@ -124,6 +129,8 @@ class Incumbent:
 
     def touch(self, changed: frozenset[int] | None) -> None:
         """These tensors (None: any) have changed."""
+        self.known_loss = None
+        self.tried.clear()
         for s, depends in enumerate(self._depends):
             if changed is None or not changed.isdisjoint(depends):
                 self._stale.add(s)

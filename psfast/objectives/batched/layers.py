@@ -26,7 +26,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: (K, rows, in), weight: (in, out), bias: (out,) -> (K, rows, out), one product."""
     K, rows, _ = x.shape
     flat = x.reshape(K * rows, -1)
-    return arithmetic.linear(flat, weight, bias).view(K, rows, -1)
+    return arithmetic.linear(flat, weight, bias, K).view(K, rows, -1)
 
 
 @rule(aten.mm.default)

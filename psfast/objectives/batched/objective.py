@@ -114,10 +114,15 @@ class BatchedObjective(Objective):
     @torch.no_grad()
     def accept(self, index: Tensor, delta: Tensor) -> None:
         check_point(index, delta, self.flat.size)
-        if self.flat.changed():  # what else has changed can wait: nothing is evaluated here
+        # what else has changed can wait: nothing is evaluated here
+        if self._has_looked is None and self.flat.changed():
             self._is_fresh = False
         device = self.flat.buffer.device
+        loss = None
+        if len(index) == 1 and "bits" not in self._warned:
+            loss = self._incumbent.tried.get((index.item(), delta.item()))
         self._incumbent.touch(self._tensors_of(index))
+        self._incumbent.known_loss = loss
         self.flat.add(index.to(device), delta.to(device))
 
     @torch.no_grad()
@@ -170,6 +175,8 @@ class BatchedObjective(Objective):
 
     def _follow(self) -> None:
         """See what others have changed: the model, the batch, the number of threads."""
+        if not self._must_look():
+            return
         refuse_autocast(self.device)
         is_other = self._watch.changed()
         if is_other and self._evaluator.graph.fixed_batch:
@@ -274,26 +281,28 @@ class BatchedObjective(Objective):
         One tensor's trial points after another's, by their first places; so it can stop early.
         """
         places: dict[int, list[int]] = {}
-        at = []
-        for place, i in enumerate(index.tolist()):
+        at, entries = [], list(zip(index.tolist(), delta.tolist(), strict=True))
+        for place, (i, _) in enumerate(entries):
             number, element = self.flat.locate(i)
             at.append(element)
             places.setdefault(number, []).append(place)
-        steps = self._rounded(index, delta).tolist()
+        steps = self._rounded(index, delta)
         stops = stop_below is not None and self.device.type == "cpu"  # elsewhere reading waits
         losses: list[Tensor | None] = [None] * len(at)
         known = 0
+        self._incumbent.tried.clear()
         for number, group in places.items():
             found = self._few(self._evaluator.plans[number], group, at, steps)
             for k, place in enumerate(group):
                 losses[place] = found[k : k + 1]
+                self._incumbent.tried[entries[place]] = found[k]
             while stops and known < len(at) and losses[known] is not None:
                 known += 1
                 if losses[known - 1].item() < stop_below:
                     return torch.cat(losses[:known])
         return torch.cat(losses) if losses else self._incumbent.loss.new_empty(0)
 
-    def _few(self, plan: Plan, places: list[int], at: list[int], steps: list[float]) -> Tensor:
+    def _few(self, plan: Plan, places: list[int], at: list[int], steps: Tensor) -> Tensor:
         """The losses of the trial points at these places, all of one tensor, and some more."""
         found = None
         if plan.nodes:
@@ -302,9 +311,8 @@ class BatchedObjective(Objective):
                 self._few_sizes[key] = self._chunk_size(plan, len(places))
             padded = places + places[-1:] * (self._few_sizes[key] - len(places))
             where = torch.tensor([at[k] for k in padded], device=self.device)
-            step = torch.tensor(
-                [steps[k] for k in padded], dtype=self.flat.buffer.dtype, device=self.device
-            )
+            first, is_alone = padded[0], len(padded) == 1
+            step = steps[first : first + 1] if is_alone else steps[padded]
             found = self._evaluator.few(plan, where, step)
         return self._incumbent.loss.expand(len(places)) if found is None else found
 

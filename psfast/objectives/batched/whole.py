@@ -123,6 +123,8 @@ class VmapObjective(Objective):
 
     def _follow(self) -> None:
         """See what others have changed of the model and the batch."""
+        if not self._must_look():
+            return
         refuse_autocast(self.flat.buffer.device)
         if self.flat.changed() or self._watch.changed() or self._verified_for is None:
             self._refresh()
