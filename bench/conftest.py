@@ -46,13 +46,16 @@ class Measurements:
 _measured = Measurements()
 
 
+_WARM_UP = 2  # runs: what is prepared for a number of threads, and for the sizes of blocks
+
+
 @pytest.fixture
 def measure(benchmark, request):
     """``measure(table, case, backend, run, points)`` times ``run()`` of ``points`` trial points.
 
     With one thread or all, whichever is faster: small operations, as of the serial loop, lose
-    more by waking a thread than it takes off them. Median of several rounds after one for
-    warm-up; once, untimed, when timing is disabled.
+    more by waking a thread than it takes off them. Median of several rounds after as many as
+    a backend may prepare things in; once, untimed, when timing is disabled.
     ``run`` may return the seconds (a float) that count, where a part of it does not.
     flops: useful ones of a trial point of this case, on the CPU.
     """
@@ -64,7 +67,7 @@ def measure(benchmark, request):
         if not request.config.getoption("benchmark_disable"):
             torch.set_num_threads(_faster_threads(run))
         benchmark.pedantic(
-            lambda: returned.append(run()), rounds=rounds, iterations=1, warmup_rounds=1
+            lambda: returned.append(run()), rounds=rounds, iterations=1, warmup_rounds=_WARM_UP
         )
         if request.config.getoption("benchmark_disable"):
             return
@@ -83,7 +86,8 @@ def _faster_threads(run) -> int:
     seconds = {}
     for threads in {1, torch.get_num_threads()}:
         torch.set_num_threads(threads)
-        run()  # what is prepared once for a number of threads
+        for _ in range(_WARM_UP):
+            run()
         started = time.perf_counter()
         returned = run()
         seconds[threads] = time.perf_counter() - started
