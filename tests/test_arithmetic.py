@@ -11,19 +11,22 @@ SHAPES = [(64, 192), (256, 64), (300, 33), (17, 16), (128, 10), (8, 1)]
 @pytest.mark.parametrize("width, out", SHAPES)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("is_transposed", [False, True])
-def test_linear_is_a_product_and_its_rows_stand_alone(width, out, with_bias, is_transposed):
+@pytest.mark.parametrize("rows", [16, 64, 250])  # of a trial point
+def test_linear_is_a_product_and_the_same_in_every_block(
+    width, out, with_bias, is_transposed, rows
+):
     torch.manual_seed(0)
-    x = torch.randn(20_000, width)
+    x = torch.randn(80 * rows, width)
     weight = torch.randn(out, width).t() if is_transposed else torch.randn(width, out)
     bias = torch.randn(out) if with_bias else None
-    found = arithmetic.linear(x, weight, bias)
+    found = arithmetic.linear(x, weight, bias, points=80)
     exact = x.double() @ weight.double() + (bias.double() if with_bias else 0.0)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
     if out < 16:  # torch's own alone, whose bits here depend on the number of rows
         return
-    for start, count in ((0, 32), (64, 64), (128, 512), (7, 12_032)):
-        rows = slice(start, start + count)
-        assert torch.equal(arithmetic.linear(x[rows], weight, bias), found[rows])
+    for start, points in ((0, 1), (79, 1), (1, 2), (8, 16), (3, 47)):
+        block = slice(start * rows, (start + points) * rows)
+        assert torch.equal(arithmetic.linear(x[block], weight, bias, points), found[block])
 
 
 def test_large_products_go_to_onednn_where_it_is():
