@@ -77,7 +77,11 @@ def points_of(backend, size, batch, regime, quick):
     if quick:
         return 64
     points = POINTS[backend][size, batch]
-    most = {"complete poll": points, "p = 0.001": 40_000, "p = 0.4": 2_000}
+    most = {
+        "complete poll": points,
+        "p = 0.001": 40_000,
+        "p = 0.4": 2_000 if size == "small" else 500,
+    }
     return min(points, most[regime])
 
 

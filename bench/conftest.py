@@ -46,7 +46,9 @@ class Measurements:
 _measured = Measurements()
 
 
-_WARM_UP = 2  # runs: what is prepared for a number of threads, and for the sizes of blocks
+# Runs before those that count: what is prepared for a number of threads, for each tensor and for
+# the sizes of blocks (`batched` records a program at the second use of each), as in a long search.
+_WARM_UP = 4
 
 
 @pytest.fixture

@@ -162,11 +162,15 @@ class ForcedOutcomes(Objective):
 
 
 def run_points(optimizer, outcomes: ForcedOutcomes, points: int) -> None:
-    """Steps until this many more trial points are decided, over the ends of polls."""
-    stop = outcomes.position + points
+    """Steps until this many more trial points are decided, over the ends of polls.
+
+    The radius stays: changes that shrink until they are rounded away would cost nothing.
+    """
+    stop, radius = outcomes.position + points, optimizer.radius
     while outcomes.position < stop:
         optimizer.max_evaluations = stop - outcomes.position
         optimizer.step(outcomes)
+        optimizer.radius = radius
 
 
 def agreement(objective: Objective, exact: Objective, count: int = 96) -> float:

@@ -9,6 +9,7 @@ from psfast.objectives.batched import dense, sparse
 from psfast.objectives.batched.incumbent import Incumbent, has_bits
 from psfast.objectives.batched.modes import no_fallback_notes
 from psfast.objectives.batched.plan import Plan
+from psfast.objectives.batched.program import is_over
 from psfast.objectives.batched.rows import keep_counted_rows
 from psfast.objectives.batched.sparse_layers import HEAVY
 from psfast.objectives.batched.trace import Graph, Node
@@ -71,12 +72,18 @@ class Evaluator:
                 env[node.number] = self._light(node, env)
         return {i: env[i] for i in plan.needed if env[i] is not None}
 
-    def changes(self, env: dict) -> Tensor:
-        """(K,) bool: which trial points differ from the incumbent in what the rest reads."""
-        first, *rest = (value.changes() for value in env.values())
-        for other in rest:
-            first = first | other
-        return first
+    def changes(self, env: dict, is_all_enough: bool = False) -> Tensor:
+        """(K,) bool: which trial points differ from the incumbent in what the rest reads.
+
+        is_all_enough: look at no more values once all differ, which waits for the device
+        """
+        first, *rest = env.values()
+        found = first.changes()
+        for value in rest:
+            if is_all_enough and found.all():
+                break
+            found = found | value.changes()
+        return found
 
     def few(self, plan: Plan, at: Tensor, delta: Tensor) -> Tensor | None:
         """The losses of a few trial points of one tensor, as many as a chunk has. -> (K,)
@@ -85,16 +92,12 @@ class Evaluator:
         """
         K = len(at)
 
-        def start(at, delta):
+        def run(at, delta):
             env = self.sparse_part(plan, at, delta)
-            return [self.changes(env), *_tensors(env)]
+            return None if is_over(self.changes(env)) else self._run(plan, env, K)
 
-        changes, *tensors = self.incumbent.replay(
-            plan.programs, ("light", K, self.incumbent.rows), start, [at, delta]
-        )
-        if True not in changes.tolist():
-            return None
-        return self._losses(plan, tensors, K)
+        key = ("few", K, self.incumbent.rows)
+        return self.incumbent.replay(plan.programs, key, run, [at, delta])
 
     def _find_light(self, plan: Plan, start: int, env: dict) -> None:
         light, deferred = [], set()

@@ -55,7 +55,7 @@ class Incumbent:
         self._cut()
         # The loss after an accept, from when it was tried: (index, delta) -> loss
         self.known_loss: Tensor | None = None
-        self.tried: dict[tuple[int, float], Tensor] = {}
+        self.tried: dict[tuple[int, float], float] = {}
         self._programs: dict[tuple, Program | int] = {}
 
     def _cut(self) -> None:
@@ -90,6 +90,10 @@ class Incumbent:
             return self.known_loss
         self.bring_up_to_date()
         return self.graph.nodes[self.graph.loss].value
+
+    def like_loss(self, values: float | list[float]) -> Tensor:
+        """The values, or the value, as the loss's dtype and device have them."""
+        return self.graph.nodes[self.graph.loss].value.new_tensor(values)
 
     def read_state(self, state: list[Tensor]) -> None:
         """Look at these parameters and buffers from now on (a module may have replaced them)."""

@@ -122,7 +122,7 @@ class BatchedObjective(Objective):
         if len(index) == 1 and "bits" not in self._warned:
             loss = self._incumbent.tried.get((index.item(), delta.item()))
         self._incumbent.touch(self._tensors_of(index))
-        self._incumbent.known_loss = loss
+        self._incumbent.known_loss = None if loss is None else self._incumbent.like_loss(loss)
         self.flat.add(index.to(device), delta.to(device))
 
     @torch.no_grad()
@@ -287,26 +287,23 @@ class BatchedObjective(Objective):
             at.append(element)
             places.setdefault(number, []).append(place)
         steps = self._rounded(index, delta)
-        stops = stop_below is not None and self.device.type == "cpu"  # elsewhere reading waits
-        losses: list[Tensor | None] = [None] * len(at)
-        known = 0
-        self._incumbent.tried.clear()
+        losses: list[float | None] = [None] * len(at)
+        known, tried = 0, self._incumbent.tried
+        tried.clear()
         for number, group in places.items():
-            found = self._few(self._evaluator.plans[number], group, at, steps)
-            for k, place in enumerate(group):
-                losses[place] = found[k : k + 1]
-                self._incumbent.tried[entries[place]] = found[k]
-            while stops and known < len(at) and losses[known] is not None:
+            for place, loss in zip(group, self._few(number, group, at, steps), strict=False):
+                losses[place] = tried[entries[place]] = loss
+            while stop_below is not None and known < len(at) and losses[known] is not None:
                 known += 1
-                if losses[known - 1].item() < stop_below:
-                    return torch.cat(losses[:known])
-        return torch.cat(losses) if losses else self._incumbent.loss.new_empty(0)
+                if losses[known - 1] < stop_below:
+                    return self._incumbent.like_loss(losses[:known])
+        return self._incumbent.like_loss(losses)
 
-    def _few(self, plan: Plan, places: list[int], at: list[int], steps: Tensor) -> Tensor:
+    def _few(self, number: int, places: list[int], at: list[int], steps: Tensor) -> list[float]:
         """The losses of the trial points at these places, all of one tensor, and some more."""
-        found = None
+        plan, found = self._evaluator.plans[number], None
         if plan.nodes:
-            key = (plan.number, len(places))
+            key = (number, len(places))
             if key not in self._few_sizes:
                 self._few_sizes[key] = self._chunk_size(plan, len(places))
             padded = places + places[-1:] * (self._few_sizes[key] - len(places))
@@ -314,7 +311,7 @@ class BatchedObjective(Objective):
             first, is_alone = padded[0], len(padded) == 1
             step = steps[first : first + 1] if is_alone else steps[padded]
             found = self._evaluator.few(plan, where, step)
-        return self._incumbent.loss.expand(len(places)) if found is None else found
+        return [self._incumbent.loss.item()] * len(places) if found is None else found.tolist()
 
     def _group(self, plan: Plan, at: Tensor, delta: Tensor, which: Tensor, losses: Tensor) -> None:
         """Write the losses of the trial points of one tensor to their places ``which``."""
@@ -332,7 +329,7 @@ class BatchedObjective(Objective):
             chunk = slice(start, start + step)
             self._incumbent.bring_up_to_date()
             env = self._evaluator.sparse_part(plan, at[chunk], delta[chunk])
-            changes = self._evaluator.changes(env)
+            changes = self._evaluator.changes(env, is_all_enough=True)
             moved = changes.nonzero().squeeze(1)
             if len(moved):
                 if len(moved) < len(changes):
@@ -370,7 +367,9 @@ class BatchedObjective(Objective):
 
     def _chunk(self, env: dict, start: int, size: int, count: int) -> dict:
         """The next ``size`` of ``count`` trial points, the last one repeated if need be."""
-        places = torch.arange(start, start + size, device=self.device).clamp_(max=count - 1)
+        places: Tensor | slice = slice(start, start + size)
+        if count < start + size:
+            places = torch.arange(start, start + size, device=self.device).clamp_(max=count - 1)
         memo: dict = {}
         return {i: value.select(places, memo) for i, value in env.items()}
 

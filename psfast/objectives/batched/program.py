@@ -49,6 +49,17 @@ def kept(memo: dict, name: str, compute: Callable):
     return memo[name]
 
 
+def is_over(test: Tensor) -> bool:
+    """Whether no element of ``test`` is true, so that the function is to return None.
+
+    As a program is straight, it is recorded as if some were, and returns None where none is.
+    """
+    if _Recorder.active is not None:
+        _Recorder.active.return_unless(test)
+        return False
+    return True not in test.tolist()
+
+
 def record(function: Callable, inputs: list[Tensor], nodes: list[Node], store=()) -> Program:
     """``function(*inputs)`` as a straight line, for other inputs of the same shapes.
 
@@ -160,6 +171,11 @@ class _Recorder(TorchDispatchMode):
         store, program = self._constant(memo), self._constant(program.run)
         self.lines.append((f"{new} = kept({store}, {name!r}, {program})", [new], [], True))
         return value
+
+    def return_unless(self, test: Tensor) -> None:
+        self.reads = []
+        line = f"if True not in {self._text(test)}.tolist(): return None"
+        self.lines.append((line, [], self.reads, False))
 
     def _new(self, value) -> str:
         name = f"t{len(self.alive)}"

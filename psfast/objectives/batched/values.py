@@ -52,7 +52,7 @@ class OneHot:
         moved = self.delta != 0
         return moved if self.whole else moved & (self.at >= 0)
 
-    def select(self, which: Tensor, memo: dict) -> "OneHot":
+    def select(self, which: Tensor | slice, memo: dict) -> "OneHot":
         at, delta = _select(self.at, which, memo), _select(self.delta, which, memo)
         return OneHot(self.base, at, delta, self.whole)
 
@@ -92,9 +92,9 @@ class Column:
         """(K,) bool: whether the trial point's value differs from the incumbent's (NaN does)."""
         return (self.new != self.old()).flatten(1).any(1)
 
-    def select(self, which: Tensor, memo: dict) -> "Column":
-        new = self.new.index_select(0, which)
-        return Column(self.base, self.dim, _select(self.at, which, memo), new)
+    def select(self, which: Tensor | slice, memo: dict) -> "Column":
+        at, new = _select(self.at, which, memo), _select(self.new, which, memo)
+        return Column(self.base, self.dim, at, new)
 
     def dense(self) -> Tensor:
         K = len(self.at)
@@ -114,9 +114,10 @@ def spread(at: Tensor, like: Tensor) -> Tensor:
     return at.view(-1, *[1] * (like.ndim - 1)).expand(like.shape)
 
 
-def _select(tensor: Tensor, which: Tensor, memo: dict) -> Tensor:
+def _select(tensor: Tensor, which: Tensor | slice, memo: dict) -> Tensor:
     """Once a tensor: columns that share ``at`` go on sharing it."""
     key = id(tensor)
     if key not in memo:
-        memo[key] = tensor.index_select(0, which)
+        is_slice = isinstance(which, slice)
+        memo[key] = tensor[which] if is_slice else tensor.index_select(0, which)
     return memo[key]
