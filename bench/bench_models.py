@@ -14,7 +14,7 @@ import psfast
 from psfast.flat import FlatParameters
 
 TOLERANCE = 2e-5
-POINTS = {"serial loop": 400, "batched": 16_384}
+POINTS = {"serial loop": 400, "batched": 65_536}
 
 
 class LastState(nn.Module):

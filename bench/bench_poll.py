@@ -80,7 +80,7 @@ def points_of(backend, size, batch, regime, quick):
     most = {
         "complete poll": points,
         "p = 0.001": 40_000,
-        "p = 0.4": 2_000 if size == "small" else 500,
+        "p = 0.4": 4_000 if (size, batch) == ("small", 4) else 500,
     }
     return min(points, most[regime])
 

@@ -53,9 +53,6 @@ class Incumbent:
             node.shapes["weights"] = {place for place, read in refs.items() if read.weight}
             node.shapes["fixed"] = {place for place, read in refs.items() if not read.depends}
         self._cut()
-        # The loss after an accept, from when it was tried: (index, delta) -> loss
-        self.known_loss: Tensor | None = None
-        self.tried: dict[tuple[int, float], float] = {}
         self._programs: dict[tuple, Program | int] = {}
 
     def _cut(self) -> None:
@@ -86,8 +83,6 @@ class Incumbent:
 
     @property
     def loss(self) -> Tensor:
-        if self.known_loss is not None:
-            return self.known_loss
         self.bring_up_to_date()
         return self.graph.nodes[self.graph.loss].value
 
@@ -133,8 +128,6 @@ class Incumbent:
 
     def touch(self, changed: frozenset[int] | None) -> None:
         """These tensors (None: any) have changed."""
-        self.known_loss = None
-        self.tried.clear()
         for s, depends in enumerate(self._depends):
             if changed is None or not changed.isdisjoint(depends):
                 self._stale.add(s)
@@ -169,8 +162,9 @@ class Incumbent:
         """
         program = programs.get(key, 0)
         if isinstance(program, Program):
-            self.bring_up_to_date(program.needs)
-            return program.run(*inputs)
+            with torch._C._AutoDispatchBelowAutograd():  # 5% less time: nobody reads a gradient
+                self.bring_up_to_date(program.needs)
+                return program.run(*inputs)
         self.bring_up_to_date()
         self._note_use(programs, key, function, inputs, ())
         return function(*inputs)

@@ -118,11 +118,7 @@ class BatchedObjective(Objective):
         if self._has_looked is None and self.flat.changed():
             self._is_fresh = False
         device = self.flat.buffer.device
-        loss = None
-        if len(index) == 1 and "bits" not in self._warned:
-            loss = self._incumbent.tried.get((index.item(), delta.item()))
         self._incumbent.touch(self._tensors_of(index))
-        self._incumbent.known_loss = None if loss is None else self._incumbent.like_loss(loss)
         self.flat.add(index.to(device), delta.to(device))
 
     @torch.no_grad()
@@ -281,18 +277,17 @@ class BatchedObjective(Objective):
         One tensor's trial points after another's, by their first places; so it can stop early.
         """
         places: dict[int, list[int]] = {}
-        at, entries = [], list(zip(index.tolist(), delta.tolist(), strict=True))
-        for place, (i, _) in enumerate(entries):
+        at = []
+        for place, i in enumerate(index.tolist()):
             number, element = self.flat.locate(i)
             at.append(element)
             places.setdefault(number, []).append(place)
         steps = self._rounded(index, delta)
         losses: list[float | None] = [None] * len(at)
-        known, tried = 0, self._incumbent.tried
-        tried.clear()
+        known = 0
         for number, group in places.items():
             for place, loss in zip(group, self._few(number, group, at, steps), strict=False):
-                losses[place] = tried[entries[place]] = loss
+                losses[place] = loss
             while stop_below is not None and known < len(at) and losses[known] is not None:
                 known += 1
                 if losses[known - 1] < stop_below:

@@ -22,6 +22,8 @@ class Plan:
     spare: number of a node -> the place of an argument that it may overwrite
     sizes: (chunk size, counted rows) -> whether its bits are those of every other size
     programs: what is recorded (``Incumbent.replay``)
+    uses: how often a few trial points were evaluated
+    idle: how often, lately, those that were looked at changed nothing (a share)
     """
 
     def __init__(self, number: int, nodes: list[Node]):
@@ -36,6 +38,8 @@ class Plan:
         self.spare: dict[int, int] = {}
         self.sizes: dict[tuple, bool] = {}
         self.programs: dict[tuple, Program | int] = {}
+        self.uses = 0
+        self.idle = 0.0
 
     def forget(self) -> None:
         """What was found out about bits, and what is recorded, does not hold any more."""
