@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections import defaultdict
+from types import SimpleNamespace
 
 import harness
 import pytest
@@ -49,6 +50,7 @@ _measured = Measurements()
 # Runs before those that count: what is prepared for a number of threads, for each tensor and for
 # the sizes of blocks (`batched` records a program at the second use of each), as in a long search.
 _WARM_UP = 4
+_NO_CASE = SimpleNamespace(params={})
 
 
 @pytest.fixture
@@ -97,6 +99,18 @@ def _seconds(run) -> float:
     started = time.perf_counter()
     returned = run()
     return returned if isinstance(returned, float) else time.perf_counter() - started
+
+
+def pytest_collection_modifyitems(items):
+    """What is compared runs one after the other: a machine's speed drifts within minutes."""
+    places: dict[tuple, int] = {}
+
+    def place(item) -> int:
+        values = {"regime": "complete poll", **getattr(item, "callspec", _NO_CASE).params}
+        case = item.path, *(values.get(name) for name in ("regime", "size", "batch", "name"))
+        return places.setdefault(case, len(places))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)
