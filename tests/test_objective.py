@@ -234,3 +234,11 @@ def test_an_empty_block(backend):
     f = psfast.objective(*transformer(), backend=backend)
     none = torch.tensor([], dtype=torch.int64)
     assert f.losses(none, none.double()).shape == (0,)
+
+
+@pytest.mark.parametrize("backend", ["auto", "serial"])
+def test_a_batch_that_the_model_refuses_is_refused_at_construction(backend):
+    model = psfast.DecoderOnlyTransformer(d_model=8, n_layers=1, n_heads=2, d_ff=8, max_len=4)
+    tokens = torch.zeros(2, 5, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"T <= max_len = 4, got T = 5"):
+        psfast.objective(model, psfast.MaskedCrossEntropy(), tokens, tokens, backend=backend)

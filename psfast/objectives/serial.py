@@ -186,7 +186,10 @@ class SerialObjective(Objective):
 
 
 class SerialModelObjective(SerialObjective):
-    """``criterion(model(inputs), targets)``, one trial point after another."""
+    """``criterion(model(inputs), targets)``, one trial point after another.
+
+    Evaluates it once, so that a batch which the model refuses is refused here.
+    """
 
     def __init__(self, model, criterion, inputs, targets, *, params=None, seed: int = 0):
         self.model, self.criterion = model, criterion
@@ -197,6 +200,7 @@ class SerialModelObjective(SerialObjective):
             seed=seed,
         )
         self._watch = Watch(CompositeLoss(model, criterion), self.params)
+        self()
 
     def _take_up(self) -> None:
         if self._watch.has_other_parts():
