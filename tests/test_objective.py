@@ -242,3 +242,21 @@ def test_a_batch_that_the_model_refuses_is_refused_at_construction(backend):
     tokens = torch.zeros(2, 5, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"T <= max_len = 4, got T = 5"):
         psfast.objective(model, psfast.MaskedCrossEntropy(), tokens, tokens, backend=backend)
+
+
+@pytest.mark.parametrize("backend", WITHOUT_GPU)
+def test_what_was_tried_before_leaves_no_bits_behind(backend):
+    """So a run that goes on from a checkpoint, with an objective of its own, goes the same way."""
+    model, *rest = transformer()
+    f = psfast.objective(model, *rest, backend=backend)
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(0, f.flat.size, (24,), generator=generator)
+    delta = torch.full((24,), 0.05, dtype=torch.float64)
+    for k in range(0, 24, 3):
+        f.losses(index[k : k + 3], delta[k : k + 3])
+        f.accept(index[k : k + 1], delta[k : k + 1])
+        other, *_ = transformer()
+        other.load_state_dict(model.state_dict())
+        fresh = psfast.objective(other, *rest, backend=backend)
+        assert torch.equal(f(), fresh())
+        assert torch.equal(f.losses(index, delta), fresh.losses(index, delta))
