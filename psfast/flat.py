@@ -161,8 +161,12 @@ def _check_memory(params: list[nn.Parameter]) -> None:
 
 def _span(p: nn.Parameter) -> tuple[int, int]:
     """The first and the last place of ``p`` in its storage."""
-    steps = ((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
-    return p.storage_offset(), p.storage_offset() + sum(steps)
+    return p.storage_offset(), p.storage_offset() + reach(p)
+
+
+def reach(tensor: Tensor) -> int:
+    """How many elements behind its first one ``tensor`` has its last one in memory."""
+    return sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _places(p: nn.Parameter) -> Tensor:

@@ -38,7 +38,7 @@ from psfast.evaluation import (
 )
 from psfast.flat import trainable
 from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
-from psfast.objectives import BACKENDS, Objective
+from psfast.objectives import Objective, check_backend
 from psfast.optimizer import PatternSearch
 from psfast.random_state import seeded
 from psfast.reference import ReferencePatternSearch
@@ -356,9 +356,7 @@ class PatternSearchTask(PatternSearchMixin, _Task):
         super().__init__(model, partial(optimizer, radius=pattern_search_radius), criterion)
         check_number("pattern_search_radius", pattern_search_radius, above=0.0)
         check_count("evaluations_per_batch", evaluations_per_batch, optional=True)
-        if backend not in ("auto", *BACKENDS):
-            names = ", ".join(map(repr, ("auto", *BACKENDS)))
-            raise ValueError(f"backend must be one of {names}, got {backend!r}")
+        check_backend(backend)
         self.evaluations_per_batch = evaluations_per_batch
         self.backend = backend
 

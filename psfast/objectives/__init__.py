@@ -60,9 +60,7 @@ def objective(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not callable(criterion):
         raise TypeError(f"criterion must be callable, got {type(criterion).__name__}")
-    if backend != "auto" and backend not in BACKENDS:
-        names = ", ".join(map(repr, ("auto", *BACKENDS)))
-        raise ValueError(f"backend must be one of {names}, got {backend!r}")
+    check_backend(backend)
     if backend == "auto" and options:
         raise TypeError(f"options need an explicit backend, got {sorted(options)} with 'auto'")
     _check_seed(seed)
@@ -83,6 +81,13 @@ def objective(
             built.why_not = why_not
             return built
     raise AssertionError("the serial backend either serves or raises")
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless ``objective`` takes this ``backend``."""
+    if backend not in ("auto", *BACKENDS):
+        names = ", ".join(map(repr, ("auto", *BACKENDS)))
+        raise ValueError(f"backend must be one of {names}, got {backend!r}")
 
 
 def _check_seed(seed: int) -> None:

@@ -70,6 +70,18 @@ class Objective:
         raise NotImplementedError(f"{type(self).__name__} has no batch to set")
 
     @contextmanager
+    def _on_batch(self, inputs, targets, seed: int | None) -> Iterator[None]:
+        """For ``set_batch``: on this batch from now on, unless what is done inside raises."""
+        before = self.inputs, self.targets, self.seed
+        self.inputs, self.targets = inputs, targets
+        self.seed = self.seed if seed is None else seed
+        try:
+            yield
+        except BaseException:
+            self.inputs, self.targets, self.seed = before
+            raise
+
+    @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Inside, nobody else changes the model or the batch: that is looked for but once."""
         self._has_looked = False

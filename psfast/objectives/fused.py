@@ -9,15 +9,15 @@ from torch import Tensor
 from psfast import ops
 from psfast.flat import trainable
 from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
-from psfast.objectives.base import Objective, check_block
-from psfast.objectives.fused_model import check_batch, why_not_fused_model
+from psfast.objectives.base import check_block
+from psfast.objectives.fused_model import FusedModelObjective, why_not_fused_model
 from psfast.objectives.watch import Watch
 from psfast.random_state import seeded
 
 _FEW = 64  # accepted coordinates up to which preparing what each one touches is cheaper
 
 
-class FusedObjective(Objective):
+class FusedObjective(FusedModelObjective):
     """``MaskedCrossEntropy(model(inputs), targets)``, whole blocks of trial points at a time.
 
     model: a ``DecoderOnlyTransformer`` in float32 or float64 on the CPU
@@ -33,8 +33,6 @@ class FusedObjective(Objective):
 
     Raises ValueError with the reason where it cannot serve.
     """
-
-    backend = "fused"
 
     def __init__(self, model, criterion, inputs, targets, *, params=None, seed: int = 0):
         params = trainable(model.parameters()) if params is None else list(params)
@@ -86,26 +84,10 @@ class FusedObjective(Objective):
         if self._shift is not None:
             self._weights[inner] += moved
 
-    def set_batch(self, inputs: Tensor, targets: Tensor, *, seed: int | None = None) -> None:
-        before = self.inputs, self.targets, self.seed
-        self.inputs, self.targets = inputs, targets
-        self.seed = self.seed if seed is None else seed
-        self._is_fresh = False
-        try:
-            self._prepare()
-        except BaseException:
-            self.inputs, self.targets, self.seed = before
-            raise
-
     def _prepare(self) -> None:
         """Take up the model and the batch as they are now."""
-        if self._watch.has_other_parts():
-            reason = why_not_fused_model(self.model, self.criterion)
-            if reason:
-                raise ValueError(reason)
+        if self._take_up():
             self._all = list(self.model.parameters())
-        check_batch(self.model, self.criterion, self.inputs, self.targets)
-        self._watch.look((self.inputs, self.targets))
         inputs, targets = self.inputs.long().contiguous(), self.targets.long().contiguous()
         sizes = _sizes(self.model, self.criterion)
         mask = _dropout_masks(self.model, inputs.shape, self.seed)

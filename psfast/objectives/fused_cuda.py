@@ -7,15 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from psfast.flat import trainable
-from psfast.objectives.base import Objective, check_block
-from psfast.objectives.fused_model import check_batch, why_not_fused_model
+from psfast.objectives.base import check_block
+from psfast.objectives.fused_model import FusedModelObjective, why_not_fused_model
 from psfast.objectives.watch import Watch
 from psfast.random_state import seeded
 
 _INT32 = 2**31 - 1
 
 
-class FusedCudaObjective(Objective):
+class FusedCudaObjective(FusedModelObjective):
     """``MaskedCrossEntropy(model(inputs), targets)``, whole blocks of trial points at a time.
 
     model: a ``DecoderOnlyTransformer`` in float32 on a CUDA device, d_model <= 256
@@ -36,8 +36,6 @@ class FusedCudaObjective(Objective):
 
     Raises ValueError with the reason where it cannot serve.
     """
-
-    backend = "fused"
 
     def __init__(
         self, model, criterion, inputs, targets, *, params=None, seed=0, precision="fp16x3"
@@ -96,26 +94,10 @@ class FusedCudaObjective(Objective):
         self.flat.add(index.to(device, non_blocking=True), delta.to(device, non_blocking=True))
         self._refresh()
 
-    def set_batch(self, inputs: Tensor, targets: Tensor, *, seed: int | None = None) -> None:
-        before = self.inputs, self.targets, self.seed
-        self.inputs, self.targets = inputs, targets
-        self.seed = self.seed if seed is None else seed
-        self._is_fresh = False
-        try:
-            self._prepare()
-        except BaseException:
-            self.inputs, self.targets, self.seed = before
-            raise
-
     def _prepare(self) -> None:
         """Take up the model and the batch as they are now."""
-        if self._watch.has_other_parts():
-            reason = why_not_fused_model(self.model, self.criterion)
-            if reason:
-                raise ValueError(reason)
+        self._take_up()
         inputs, targets = self.inputs, self.targets
-        check_batch(self.model, self.criterion, inputs, targets)
-        self._watch.look((inputs, targets))
         searched = set(self.params)
         self._fixed = [p for p in self.model.parameters() if p not in searched]
         block = self.model.blocks[0]

@@ -1,15 +1,44 @@
-"""What the fused objectives ask of a model and a batch, on whatever device."""
+"""What the fused objectives share on whatever device: what they ask of a model and a batch."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
 from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
+from psfast.objectives.base import Objective
 
 # What may differ from a module as it was built: its tensors and submodules, that are compared
 # for themselves, its mode, and two numbers that only must be the same everywhere.
 _FREE = {"_parameters", "_buffers", "_modules", "training", "eps", "p"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class FusedModelObjective(Objective):
+    """A fused objective's model and batch.
+
+    One of them has ``_prepare``, which takes up both as they are, calling ``_take_up``.
+    """
+
+    backend = "fused"
+
+    def set_batch(self, inputs: Tensor, targets: Tensor, *, seed: int | None = None) -> None:
+        self._is_fresh = False
+        with self._on_batch(inputs, targets, seed):
+            self._prepare()
+
+    def _take_up(self) -> bool:
+        """Note model and batch as they are; whether the model has other parts than before.
+
+        Raises ValueError if they cannot be served.
+        """
+        has_other_parts = self._watch.has_other_parts()
+        if has_other_parts:
+            reason = why_not_fused_model(self.model, self.criterion)
+            if reason:
+                raise ValueError(reason)
+        check_batch(self.model, self.criterion, self.inputs, self.targets)
+        self._watch.look((self.inputs, self.targets))
+        return has_other_parts
 
 
 def why_not_fused_model(model, criterion) -> str | None:

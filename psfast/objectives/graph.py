@@ -233,13 +233,8 @@ class GraphModelObjective(GraphObjective):
         super()._follow()
 
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
-        before = self.inputs, self.targets, self.seed
-        self.seed = self.seed if seed is None else seed
-        try:
+        with self._on_batch(self.inputs, self.targets, seed):  # its copies stay where they fit
             self._load(inputs, targets)
-        except BaseException:
-            self.inputs, self.targets, self.seed = before
-            raise
         self._batch = inputs, targets
         self._watch.look(self._batch)
 

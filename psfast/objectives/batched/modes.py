@@ -9,6 +9,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _pop_mode
 
+from psfast.flat import reach
+
 _VALUES = {"numpy", "tolist", "__array__", "__dlpack__"}  # torch does not see what becomes of them
 _SCALARS = {"item", "__bool__", "__complex__", "__float__", "__index__", "__int__"}
 
@@ -91,6 +93,5 @@ def shares_memory(tensor: Tensor, known: list[tuple[int, int]]) -> bool:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
-    return start, start + (reach + 1) * tensor.element_size()
+    return start, start + (reach(tensor) + 1) * tensor.element_size()

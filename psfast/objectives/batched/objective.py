@@ -123,16 +123,13 @@ class BatchedObjective(Objective):
 
     @torch.no_grad()
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
-        before = self.inputs, self.targets, self.seed
-        self.inputs, self.targets = inputs, targets
-        self.seed = self.seed if seed is None else seed
         if self._evaluator.graph.fixed_batch:
             self._traced_for = None
         try:
-            self._refresh()
-            self._incumbent.bring_up_to_date()  # or values that the model refuses go unseen
+            with self._on_batch(inputs, targets, seed):
+                self._refresh()
+                self._incumbent.bring_up_to_date()  # or values that the model refuses go unseen
         except BaseException:
-            self.inputs, self.targets, self.seed = before
             self._is_fresh, self._traced_for = False, None  # it may be half on this batch
             raise
 

@@ -110,14 +110,11 @@ class VmapObjective(Objective):
 
     @torch.no_grad()
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
-        before = self.inputs, self.targets, self.seed
-        self.inputs, self.targets = inputs, targets
-        self.seed = self.seed if seed is None else seed
         try:
-            self._refresh()
-            self()
+            with self._on_batch(inputs, targets, seed):
+                self._refresh()
+                self()
         except BaseException:
-            self.inputs, self.targets, self.seed = before
             self._verified_for = None
             raise
 
