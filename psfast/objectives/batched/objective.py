@@ -18,6 +18,7 @@ from psfast.objectives.batched.trace import (
     named_state,
     plain_loss,
     refuse_autocast,
+    reproduces,
     signature,
     trace,
 )
@@ -30,7 +31,6 @@ _SPARSE_CACHED = 16 << 20  # the same of all values of the sparse part together
 _TEMPORARY = 4  # as often its values' bytes the sparse part takes on the way
 _SMALL_GROUP = 32  # trial points of one tensor that are worth a program of their own
 _FEW = 16  # trial points that are sorted sooner in Python than by tensor operations
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 class BatchedObjective(Objective):
@@ -238,8 +238,7 @@ class BatchedObjective(Objective):
             raise ValueError(f"the loss must be a scalar, got shape {tuple(expected.shape)}")
         if self.device.type == "cpu" and not has_bits(expected, plain_loss(*args)):
             raise ValueError("the model's loss differs from one evaluation to the next")
-        bound = _TOLERANCE.get(expected.dtype, 0.05)
-        if not torch.allclose(got, expected, rtol=bound, atol=bound * 1e-3, equal_nan=True):
+        if not reproduces(got, expected):
             raise ValueError(
                 f"the trace does not reproduce the model at {where}: loss {got.item():.9g}, "
                 f"the model's {expected.item():.9g}; does its control flow depend on values, or "

@@ -21,6 +21,8 @@ from psfast.random_state import seeded
 
 aten = torch.ops.aten
 
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # what rounding may do to a loss
+
 # Of their first argument these read the shape and the dtype, never the values.
 SHAPE_ONLY = {
     aten.zeros_like.default,
@@ -157,6 +159,12 @@ def plain_loss(loss: nn.Module, inputs, targets, seed: int) -> Tensor:
     device = next((p.device for p in loss.parameters()), torch.device("cpu"))
     with plain_kernels(), seeded(seed, device):
         return functional_call(loss, state, (inputs, targets))
+
+
+def reproduces(losses: Tensor, expected: Tensor) -> bool:
+    """Whether these losses, of other code, are the model's own but for rounding."""
+    bound = _TOLERANCE.get(expected.dtype, 0.05)
+    return torch.allclose(losses, expected, rtol=bound, atol=bound * 1e-3, equal_nan=True)
 
 
 def named_state(loss: nn.Module) -> dict[str, Tensor]:

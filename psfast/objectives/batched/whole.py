@@ -15,6 +15,7 @@ from psfast.objectives.batched.modes import NoHiddenReads, no_fallback_notes, ru
 from psfast.objectives.batched.trace import (
     plain_kernels,
     refuse_autocast,
+    reproduces,
     signature,
 )
 from psfast.objectives.batched.workspace import checked_workspace
@@ -22,7 +23,6 @@ from psfast.objectives.watch import Watch
 from psfast.random_state import seeded
 
 _LARGEST_CHUNK = 64
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 class VmapObjective(Objective):
@@ -218,10 +218,7 @@ class VmapObjective(Objective):
                 raise ValueError(
                     f"vmap fails: {type(error).__name__}: {reason[0] if reason else ''}"
                 ) from error
-            bound = _TOLERANCE.get(expected.dtype, 0.05)
-            if losses.shape != (size,) or not torch.allclose(
-                losses, expected, rtol=bound, atol=bound * 1e-3, equal_nan=True
-            ):
+            if losses.shape != (size,) or not reproduces(losses, expected):
                 raise ValueError(
                     f"vmap does not reproduce the model when {self._names[number]} moves"
                 )
