@@ -264,24 +264,23 @@ class Incumbent:
 
     def arguments(self, node: Node, changed: dict, stacked: dict | None = None):
         """args and kwargs of the op: the changed value of each input, else the incumbent's."""
-        nodes = self.graph.nodes
-
-        def value(a):
-            if isinstance(a, Ref):
-                got = None if stacked is None else stacked.get(a)
-                got = changed.get(a) if got is None else got
-                return nodes[a].value if got is None else got
-            if isinstance(a, (list, tuple)):
-                return [value(x) for x in a]
-            return a
-
         if node.places is None:
-            kwargs = {k: value(v) for k, v in node.kwargs.items()}
-            return [value(a) for a in node.args], kwargs
+            kwargs = {k: self._value(v, changed, stacked) for k, v in node.kwargs.items()}
+            return [self._value(a, changed, stacked) for a in node.args], kwargs
         args = list(node.args)
         for place in node.places:
-            args[place] = value(args[place])
+            args[place] = self._value(args[place], changed, stacked)
         return args, node.kwargs
+
+    def _value(self, a, changed: dict, stacked: dict | None):
+        # A method: a recursive inner function is a cycle, which keeps its tensors for a while.
+        if isinstance(a, Ref):
+            got = None if stacked is None else stacked.get(a)
+            got = changed.get(a) if got is None else got
+            return self.graph.nodes[a].value if got is None else got
+        if isinstance(a, (list, tuple)):
+            return [self._value(x, changed, stacked) for x in a]
+        return a
 
 
 def _is_ref(a) -> bool:
