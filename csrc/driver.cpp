@@ -216,6 +216,36 @@ void refresh(const Context<R>& c, const int64_t* changed, int64_t count) {
 }
 
 template <class R>
+Descent descend(const Context<R>& c, R* weights, const int64_t* index, const R* delta, int64_t K,
+                double incumbent, double margin, int64_t most, double gap, double* out,
+                int64_t* places, double* incumbents) {
+  Descent d{0, 0, 0};
+  int64_t tried = 0;
+  while (d.decided < K && d.accepted < most) {
+    // As psfast/search.py's block_size, for the small gaps that descents are for.
+    const int64_t few = std::max<int64_t>({1, std::llround(std::min(0.8 * gap, 1e4)), tried / 4});
+    const int64_t size = std::min(few, K - d.decided);
+    losses(c, index + d.decided, delta + d.decided, size, out + d.decided);
+    d.evaluated += size;
+    const double bar = std::isfinite(incumbent) ? incumbent - margin : HUGE_VAL;
+    for (const int64_t end = d.decided + size; d.decided < end;) {
+      const int64_t k = d.decided++;
+      ++tried;
+      if (!(out[k] < bar) || out[k] == -HUGE_VAL) continue;
+      weights[index[k]] += delta[k];
+      refresh(c, index + k, 1);
+      incumbent = incumbent_loss(c);
+      places[d.accepted] = k;
+      incumbents[d.accepted++] = incumbent;
+      gap = 0.7 * gap + 0.3 * static_cast<double>(tried);
+      tried = 0;
+      break;
+    }
+  }
+  return d;
+}
+
+template <class R>
 double loss_from_scratch(const Context<R>& c) {
   const Evaluator<R>& run = evaluator<R>();
   on_threads(c.s.L + 1, [&](int64_t l) { run.prepare(c, l, false); });
@@ -227,6 +257,8 @@ double loss_from_scratch(const Context<R>& c) {
   template double incumbent_loss<R>(const Context<R>&);                                   \
   template double loss_from_scratch<R>(const Context<R>&);                                \
   template void losses<R>(const Context<R>&, const int64_t*, const R*, int64_t, double*); \
+  template Descent descend<R>(const Context<R>&, R*, const int64_t*, const R*, int64_t, double, \
+                              double, int64_t, double, double*, int64_t*, double*);       \
   template void refresh<R>(const Context<R>&, const int64_t*, int64_t);
 PSFAST_INSTANTIATE(float)
 PSFAST_INSTANTIATE(double)

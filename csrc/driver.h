@@ -9,6 +9,21 @@ namespace psfast {
 template <class R>
 void losses(const Context<R>& c, const int64_t* index, const R* delta, int64_t K, double* losses);
 
+// What `descend` did: trial points decided, accepted and evaluated.
+struct Descent {
+  int64_t decided, accepted, evaluated;
+};
+
+// The serial loop over K trial points: each whose loss is below the incumbent's by more than
+// `margin` becomes the incumbent, in `weights` (those of c) and in the workspace; ends behind
+// accepted trial point number `most`. losses [K]: of the decided ones; places, incumbents [K]: of
+// the accepted ones and the loss after each. gap: trial points between two of them, about; it says
+// how many to evaluate together and changes nothing else.
+template <class R>
+Descent descend(const Context<R>& c, R* weights, const int64_t* index, const R* delta, int64_t K,
+                double incumbent, double margin, int64_t most, double gap, double* losses,
+                int64_t* places, double* incumbents);
+
 // Prepares weights and the incumbent's activations again after the coordinates `changed` were
 // written; all of them for changed = nullptr.
 template <class R>

@@ -8,6 +8,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "driver.h"
 
@@ -85,6 +86,13 @@ void check_index(const Tensor& index, const char* name, int64_t N) {
     STD_TORCH_CHECK(i[k] >= 0 && i[k] < N, name, " must lie in [0, ", N, "), got ", i[k]);
 }
 
+void check_block(const Tensor& index, const Tensor& delta, const Tensor& weights) {
+  check_index(index, "index", weights.numel());
+  check(delta, "delta", weights.scalar_type(), 1);
+  STD_TORCH_CHECK(index.numel() == delta.numel(), "index and delta must have the same length, got ",
+                  index.numel(), " and ", delta.numel());
+}
+
 template <class Run>
 void with_problem(const Tensor& weights, const Tensor& tokens, const Tensor& targets,
                   const std::optional<Tensor>& mask, const Tensor& workspace,
@@ -136,10 +144,7 @@ Tensor fused_loss(Tensor weights, Tensor tokens, Tensor targets, std::optional<T
 Tensor fused_losses(Tensor weights, Tensor tokens, Tensor targets, std::optional<Tensor> mask,
                     Tensor workspace, std::vector<int64_t> sizes, double eps, Tensor index,
                     Tensor delta) {
-  check_index(index, "index", weights.numel());
-  check(delta, "delta", weights.scalar_type(), 1);
-  STD_TORCH_CHECK(index.numel() == delta.numel(), "index and delta must have the same length, got ",
-                  index.numel(), " and ", delta.numel());
+  check_block(index, delta, weights);
   Tensor losses = torch::stable::new_empty(weights, {index.numel()}, ScalarType::Double);
   with_problem(weights, tokens, targets, mask, workspace, sizes, eps, [&](const auto& c) {
     using R = std::remove_cv_t<std::remove_pointer_t<decltype(c.space)>>;
@@ -148,6 +153,32 @@ Tensor fused_losses(Tensor weights, Tensor tokens, Tensor targets, std::optional
                    static_cast<double*>(losses.data_ptr()));
   });
   return losses;
+}
+
+// losses (K,), places (K,), incumbents (K,), then how many of them count: decided, accepted, and
+// the trial points evaluated.
+std::tuple<Tensor, Tensor, Tensor, Tensor> fused_descend(
+    Tensor weights, Tensor tokens, Tensor targets, std::optional<Tensor> mask, Tensor workspace,
+    std::vector<int64_t> sizes, double eps, Tensor index, Tensor delta, double incumbent,
+    double margin, int64_t most, double gap) {
+  check_block(index, delta, weights);
+  STD_TORCH_CHECK(gap > 0, "gap must be positive, got ", gap);
+  const int64_t K = index.numel();
+  Tensor losses = torch::stable::new_empty(weights, {K}, ScalarType::Double);
+  Tensor places = torch::stable::new_empty(weights, {K}, ScalarType::Long);
+  Tensor incumbents = torch::stable::new_empty(weights, {K}, ScalarType::Double);
+  Tensor counts = torch::stable::new_empty(weights, {3}, ScalarType::Long);
+  with_problem(weights, tokens, targets, mask, workspace, sizes, eps, [&](const auto& c) {
+    using R = std::remove_cv_t<std::remove_pointer_t<decltype(c.space)>>;
+    const psfast::Descent d = psfast::descend(
+        c, static_cast<R*>(weights.data_ptr()), static_cast<const int64_t*>(index.data_ptr()),
+        static_cast<const R*>(delta.data_ptr()), K, incumbent, margin, most, gap,
+        static_cast<double*>(losses.data_ptr()), static_cast<int64_t*>(places.data_ptr()),
+        static_cast<double*>(incumbents.data_ptr()));
+    auto* count = static_cast<int64_t*>(counts.data_ptr());
+    count[0] = d.decided, count[1] = d.accepted, count[2] = d.evaluated;
+  });
+  return {losses, places, incumbents, counts};
 }
 
 // Which sources this library was built from, for psfast/extension.py to find in its bytes.
@@ -171,6 +202,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(psfast, m) {
   m.def(
       "fused_losses(Tensor weights, Tensor tokens, Tensor targets, Tensor? mask, "
       "Tensor workspace, int[] sizes, float eps, Tensor index, Tensor delta) -> Tensor");
+  m.def(
+      "fused_descend(Tensor(a!) weights, Tensor tokens, Tensor targets, Tensor? mask, "
+      "Tensor(b!) workspace, int[] sizes, float eps, Tensor index, Tensor delta, "
+      "float incumbent, float margin, int most, float gap) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(psfast, CompositeExplicitAutograd, m) {
@@ -182,4 +217,5 @@ STABLE_TORCH_LIBRARY_IMPL(psfast, CPU, m) {
   m.impl("fused_refresh", TORCH_BOX(&fused_refresh));
   m.impl("fused_loss", TORCH_BOX(&fused_loss));
   m.impl("fused_losses", TORCH_BOX(&fused_losses));
+  m.impl("fused_descend", TORCH_BOX(&fused_descend));
 }

@@ -79,6 +79,10 @@ class FlatParameters:
         Every other ``FlatParameters`` over the same parameters sees it as a change.
         """
         self.buffer.index_add_(0, index, delta.to(self.buffer.dtype))
+        self.note_write()
+
+    def note_write(self) -> None:
+        """To be called after a write into ``buffer`` that is to stay."""
         torch.autograd.graph.increment_version(self.params[0])
         if self._stamp is not None:
             self._stamp[0][0] += 1

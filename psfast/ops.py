@@ -101,6 +101,32 @@ def fused_losses(weights: Tensor, plan: FusedPlan, index: Tensor, delta: Tensor)
     return torch.ops.psfast.fused_losses(weights, *plan.arguments(), index, delta)
 
 
+def fused_descend(
+    weights: Tensor,
+    plan: FusedPlan,
+    index: Tensor,
+    delta: Tensor,
+    incumbent: float,
+    margin: float,
+    most: int,
+    gap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The serial loop over K trial points: each one lower by more than ``margin`` is accepted.
+
+    Changes ``weights`` at the accepted ones and keeps ``plan.workspace`` up to date.
+
+    index: (K,) int64 in [0, N); delta: (K,) of the weights' dtype; incumbent: the loss now
+    most: accepted trial points to end behind; gap: trial points between two of them, about
+
+    Returns losses (K,) float64, places (K,) int64 and incumbents (K,) float64, of which the first
+    counts[0], counts[1] and counts[1] elements are the decided trial points' losses, the places of
+    the accepted ones and the loss after each; and counts (3,) int64, the last of which says how
+    many trial points were evaluated.
+    """
+    numbers = incumbent, margin, most, gap
+    return torch.ops.psfast.fused_descend(weights, *plan.arguments(), index, delta, *numbers)
+
+
 @functools.lru_cache(maxsize=1)
 def _loaded() -> str | None:
     reason = extension.load()
@@ -108,6 +134,7 @@ def _loaded() -> str | None:
         torch.library.register_fake("psfast::fused_refresh", _fake_refresh)
         torch.library.register_fake("psfast::fused_loss", _fake_loss)
         torch.library.register_fake("psfast::fused_losses", _fake_losses)
+        torch.library.register_fake("psfast::fused_descend", _fake_descend)
     return reason
 
 
@@ -121,3 +148,23 @@ def _fake_loss(weights, tokens, targets, mask, workspace, sizes, eps):
 
 def _fake_losses(weights, tokens, targets, mask, workspace, sizes, eps, index, delta):
     return weights.new_empty(index.shape, dtype=torch.float64)
+
+
+def _fake_descend(
+    weights,
+    tokens,
+    targets,
+    mask,
+    workspace,
+    sizes,
+    eps,
+    index,
+    delta,
+    incumbent,
+    margin,
+    most,
+    gap,
+):
+    losses = weights.new_empty(index.shape, dtype=torch.float64)
+    counts = index.new_empty(3)
+    return losses, torch.empty_like(index), torch.empty_like(losses), counts

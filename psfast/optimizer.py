@@ -25,6 +25,8 @@ from psfast.search import Decision, PollState
 from psfast.search_simplex import SimplexGradient
 
 _LARGEST_BLOCK = 16384
+_LARGEST_DESCENT = 4096
+_DESCENT_GAP = 64  # trial points between two accepted ones, up to which objectives may descend
 _BEST_BLOCK = 256
 _SEARCH_BLOCK = 256
 _BLOCK_SECONDS = 0.25
@@ -73,9 +75,10 @@ class PatternSearch(torch.optim.Optimizer):
     """Pattern search: change one coordinate by +-radius, keep it if the loss fell.
 
     One ``step`` polls the incumbent's 2N trial points in a keyed pseudo-random order until
-    one is accepted, until all have failed (then the radius is multiplied by ``shrink``) or
-    until ``max_evaluations`` trial points are decided; the next step goes on where this one
-    stopped, and counts on the failures so far only if the objective is still the same.
+    one is accepted (or ``max_accepts`` are, each polled from the one before), until all have
+    failed (then the radius is multiplied by ``shrink``) or until ``max_evaluations`` trial points
+    are decided; the next step goes on where this one stopped, and counts on the failures so far
+    only if the objective is still the same.
 
     params: parameters or param groups; a group may set its own ``radius``. Frozen parameters
         are left alone, tied ones count once. All trainable ones need one dtype and device.
@@ -94,6 +97,8 @@ class PatternSearch(torch.optim.Optimizer):
         line, before the first poll and after every failed one (Moré & Wild 2011).
     min_radius: below it, a radius counts as converged; when all are, ``step`` is free
     max_evaluations: most trial points decided in one step; None: until accepted or failed
+    max_accepts: changes accepted in one step. Where many trial points are lower, as in early
+        training, 100 say cost far less together than in a step each, and are the same ones.
     block_size: trial points evaluated together; None adapts. With "first" it changes the
         speed only, never a decision.
     seed: of the poll order and the dropout masks
@@ -123,6 +128,7 @@ class PatternSearch(torch.optim.Optimizer):
         noise: float | None = 0.0,
         min_radius: float = 0.0,
         max_evaluations: int | None = None,
+        max_accepts: int = 1,
         block_size: int | None = None,
         search: SimplexGradient | None = None,
         seed: int = 0,
@@ -135,6 +141,7 @@ class PatternSearch(torch.optim.Optimizer):
             check_number("noise", noise, at_least=0.0)
         check_number("min_radius", min_radius, at_least=0.0)
         check_count("max_evaluations", max_evaluations, optional=True)
+        check_count("max_accepts", max_accepts)
         check_count("block_size", block_size, optional=True)
         if not isinstance(acceptance, str) or acceptance not in _ACCEPTANCES:
             names = ", ".join(map(repr, _ACCEPTANCES))
@@ -146,7 +153,8 @@ class PatternSearch(torch.optim.Optimizer):
         self.acceptance = acceptance
         self.shrink, self.expand, self.min_radius = shrink, expand, min_radius
         self.decrease, self.noise = decrease, noise
-        self.max_evaluations, self.block_size = max_evaluations, block_size
+        self.max_evaluations, self.max_accepts = max_evaluations, max_accepts
+        self.block_size = block_size
         self.search, self.seed = search, seed
         self.progress: Callable[[int, int], None] | None = None
         self.last_poll: PollReport | None = None
@@ -219,20 +227,26 @@ class PatternSearch(torch.optim.Optimizer):
     def _step(self, objective: Objective, started: float) -> Tensor:
         self._evaluate_incumbent(objective)
         before, radius, accepted, speculated, failed = self._poll, self.radius, [], 0, False
-        while not accepted and not failed:
-            size = self._block_size(objective, before)
+        is_stale = False  # whether the incumbent's loss is only as its trial point had it
+        while len(accepted) < self.max_accepts and not failed:
+            descends = self._descends(objective)
+            size = self._block_size(objective, before, descends)
             if size < 1:
                 break
+            if is_stale:
+                self._evaluate_incumbent(objective)
             index, sign = self._rule.block(self._poll, size)
             delta = sign * self._radius_of(index)
-            bar = self._bar(self.decrease)
-            losses = self._losses(objective, index, delta, bar)
-            points = self._rule.points(self._poll, index, delta, losses)
-            decision = self._decide(objective, losses, points, bar)
-            speculated += len(losses) - decision.decided
-            if decision.success:
-                accepted = self._accept(objective, index, delta, points, decision)
-            failed = self._commit(decision, len(points))
+            if descends:
+                most = self.max_accepts - len(accepted)
+                decisions, changes, evaluated = self._descend(objective, index, delta, most)
+            else:
+                decisions, changes, evaluated = self._poll_block(objective, index, delta)
+                is_stale = bool(changes) and not objective.keeps_losses
+            accepted += changes
+            speculated += evaluated - sum(decision.decided for decision in decisions)
+            for decision in decisions:
+                failed = self._commit(decision)
             self._tell_progress(started)
         self._flat.changed()  # what the step itself wrote is nobody else's change
         return self._report(started, before, radius, accepted, speculated, failed)
@@ -318,16 +332,30 @@ class PatternSearch(torch.optim.Optimizer):
         losses = [objective.loss_at(index, k * delta).item() for k in range(1, _NOISE_POINTS + 1)]
         self._poll = self._poll._replace(noise=search.noise_level(losses))
 
-    def _bar(self, decrease: float) -> float:
-        """What a loss must lie below now, ``decrease`` in squared radii under the incumbent's."""
+    def _margin(self, decrease: float) -> float:
+        """How much lower than the incumbent's a loss must be now, ``decrease`` in squared radii."""
         noise = self._poll.noise if self.noise is None else self.noise
         floor = search.noise_floor(noise, 2 * self._flat.size) if noise else 0.0
-        return search.acceptance_bar(self._poll.incumbent, max(self._radii), decrease, floor)
+        return search.acceptance_margin(max(self._radii), decrease, floor)
+
+    def _bar(self, decrease: float) -> float:
+        return search.acceptance_bar(self._poll.incumbent, self._margin(decrease))
 
     def _restart_poll(self) -> None:
         self._poll = self._poll._replace(tried=0, nan=0, window_tried=0)
 
-    def _block_size(self, objective: Objective, before: PollState) -> int:
+    def _descends(self, objective: Objective) -> bool:
+        """Whether the objective is to accept by itself what comes next."""
+        return (
+            objective.descends
+            and self.max_accepts > 1
+            and self.acceptance == "first"
+            and self.search is None
+            and self.expand == 1.0  # else the radius moves with every accepted one
+            and self._poll.mean_gap <= _DESCENT_GAP
+        )
+
+    def _block_size(self, objective: Objective, before: PollState, descends: bool) -> int:
         """Trial points to evaluate next; 0 when the step's ``max_evaluations`` are used up."""
         poll, total = self._poll, 2 * self._flat.size
         left = total - poll.tried
@@ -342,9 +370,10 @@ class PatternSearch(torch.optim.Optimizer):
             return min(_BEST_BLOCK, left)
         # Blocks of a fraction of a second keep progress and Ctrl-C alive. Under "first" the
         # size of a block decides nothing, so the clock may have a say in it.
-        timely = int(_BLOCK_SECONDS / self._seconds_per_point)
-        size = search.block_size(poll, objective.overhead)
-        return min(size, left, max(1, timely), _LARGEST_BLOCK)
+        timely = max(1, int(_BLOCK_SECONDS / self._seconds_per_point))
+        if descends:
+            return min(left, timely, _LARGEST_DESCENT)
+        return min(left, timely, _LARGEST_BLOCK, search.block_size(poll, objective.overhead))
 
     def _radius_of(self, index: Tensor) -> float | Tensor:
         """The radius of all coordinates, or (K,) of each where the groups' differ."""
@@ -356,13 +385,40 @@ class PatternSearch(torch.optim.Optimizer):
         bounds = torch.tensor(self._flat.offsets[1:], device=buffer.device)
         return radii[torch.bucketize(index, bounds, right=True)]
 
-    def _losses(self, objective: Objective, index: Tensor, delta: Tensor, bar: float) -> Tensor:
+    def _poll_block(self, objective: Objective, index: Tensor, delta: Tensor) -> tuple:
+        """Evaluate a block and accept at most one change; as ``_descend``."""
+        bar, whole = self._bar(self.decrease), self._rule.whole_blocks
         started = time.perf_counter()
-        one_is_enough = self.acceptance == "first" and not self._rule.whole_blocks
-        losses = objective.losses(index, delta, stop_below=bar if one_is_enough else None)
-        seconds = (time.perf_counter() - started) / len(losses)
-        self._seconds_per_point = max(1e-9, seconds)
-        return losses
+        stop_below = bar if self.acceptance == "first" and not whole else None
+        losses = objective.losses(index, delta, stop_below=stop_below)
+        self._note_seconds(started, len(losses))
+        points = self._rule.points(self._poll, index, delta, losses)
+        decision = self._decide(objective, losses, points, bar)
+        changes = []
+        if decision.success:
+            changes = self._accept(objective, index, delta, points, decision)
+        self._poll = self._poll._replace(evaluations=self._poll.evaluations + len(points))
+        return [decision], changes, len(losses)
+
+    def _descend(self, objective: Objective, index: Tensor, delta: Tensor, most: int) -> tuple:
+        """Let the objective accept by itself: decisions, changes, trial points evaluated."""
+        poll, started = self._poll, time.perf_counter()
+        descent = objective.descend(
+            index,
+            delta,
+            incumbent=search.comparable(poll.incumbent),
+            margin=self._margin(self.decrease),
+            most=most,
+            gap=poll.mean_gap,
+        )
+        self._note_seconds(started, len(descent.losses))
+        places = torch.tensor(descent.places, dtype=torch.int64, device=index.device)
+        kept = index[places].tolist(), delta[places].tolist()
+        decisions = search.decisions(descent.losses, descent.places, descent.incumbents)
+        return decisions, list(zip(*kept, strict=True)), descent.evaluated
+
+    def _note_seconds(self, started: float, points: int) -> None:
+        self._seconds_per_point = max(1e-9, (time.perf_counter() - started) / points)
 
     def _decide(self, objective: Objective, losses: Tensor, points: list, bar: float) -> Decision:
         decision = _ACCEPTANCES[self.acceptance](losses, bar)
@@ -384,13 +440,11 @@ class PatternSearch(torch.optim.Optimizer):
         objective.accept(index, delta)
         return list(zip(index.tolist(), delta.tolist(), strict=True))
 
-    def _commit(self, decision: Decision, n_points: int) -> bool:
+    def _commit(self, decision: Decision) -> bool:
         """Take the decision into the state; returns whether the poll failed."""
         total, nan = 2 * self._flat.size, self._poll.nan + decision.nan
         poll, failed = self._rule.advance(self._poll, decision)
-        self._poll = poll._replace(
-            evaluations=poll.evaluations + n_points, noise=None if failed else poll.noise
-        )
+        self._poll = poll._replace(noise=None) if failed else poll
         if failed and nan == total:
             warnings.warn(
                 f"the loss was NaN at all {total} trial points; the poll failed",

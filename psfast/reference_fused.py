@@ -1,10 +1,13 @@
 """The fused ops in plain torch: what they compute, without what makes them fast."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from psfast.ops import FusedPlan
+from psfast.search import acceptance_bar
 
 
 def fused_refresh(weights: Tensor, plan: FusedPlan, changed: Tensor | None = None) -> Tensor:
@@ -23,6 +26,36 @@ def fused_losses(weights: Tensor, plan: FusedPlan, index: Tensor, delta: Tensor)
         trial[i] += change
         losses[k] = fused_loss(trial, plan)
     return losses
+
+
+def fused_descend(
+    weights: Tensor,
+    plan: FusedPlan,
+    index: Tensor,
+    delta: Tensor,
+    incumbent: float,
+    margin: float,
+    most: int,
+    gap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The serial loop over K trial points, accepting in ``weights``; see ``ops.fused_descend``."""
+    losses, places, incumbents = [], [], []
+    for k, (i, change) in enumerate(zip(index, delta, strict=True)):
+        if len(places) == most:
+            break
+        losses.append(fused_losses(weights, plan, index[k : k + 1], delta[k : k + 1]).item())
+        if -math.inf < losses[-1] < acceptance_bar(incumbent, margin):
+            weights[i] += change
+            incumbent = fused_loss(weights, plan).item()
+            places.append(k)
+            incumbents.append(incumbent)
+    found = weights.new_empty((2, len(index)), dtype=torch.float64)
+    found[0, : len(losses)] = found.new_tensor(losses)
+    found[1, : len(places)] = found.new_tensor(incumbents)
+    where = torch.empty_like(index)
+    where[: len(places)] = index.new_tensor(places)
+    counts = index.new_tensor([len(losses), len(places), len(losses)])
+    return found[0], where, found[1], counts
 
 
 def fused_loss(weights: Tensor, plan: FusedPlan) -> Tensor:

@@ -153,6 +153,7 @@ def first_improvement(losses: Tensor, bar: float) -> Decision:
             if loss < bar and loss != -math.inf:
                 return Decision(place, loss, place + 1, nan)
         return Decision(None, math.nan, len(values), nan)
+    losses = losses.double()  # a bar that float32 has not must not be rounded for it
     lower = losses < bar
     decision = _decision(losses, lower.to(torch.uint8).argmax(), lower.any())
     if decision.chosen is None:
@@ -167,6 +168,7 @@ def best_improvement(losses: Tensor, bar: float) -> Decision:
 
     losses: (K,); NaN and infinity never win.
     """
+    losses = losses.double()
     finite = losses.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
     best = finite.argmin()
     return _decision(losses, best, finite[best] < bar)
@@ -194,15 +196,49 @@ def with_points(decision: Decision, losses: Sequence[float], bar: float) -> Deci
     return decision._replace(chosen=None, point=best, loss=losses[best])
 
 
-def acceptance_bar(incumbent: float | None, radius: float, decrease: float, floor: float) -> float:
-    """What a loss must lie below to be accepted: incumbent - decrease radius^2 - floor.
+def kept_places(losses: Sequence[float], incumbent: float, margin: float, most: int) -> list[int]:
+    """Which trial points the serial loop accepts: each below the bar that the one before it set.
+
+    incumbent: the loss before the first; margin: as of ``acceptance_bar``; most: to accept
+    """
+    places, bar = [], acceptance_bar(incumbent, margin)
+    for place, loss in enumerate(losses):
+        if len(places) < most and -math.inf < loss < bar:
+            places.append(place)
+            bar = acceptance_bar(loss, margin)
+    return places
+
+
+def decisions(losses: Tensor, places: Sequence[int], incumbents: Sequence[float]) -> list[Decision]:
+    """A descent in parts: one decision for each accepted trial point, one for what fails behind.
+
+    losses: (K,) of all that were decided; places: of the accepted ones; incumbents: the loss
+    after each
+    """
+    nan, parts, start = losses.isnan().tolist(), [], 0
+    for place, loss in zip(places, incumbents, strict=True):
+        decided = place + 1 - start
+        parts.append(Decision(place - start, loss, decided, sum(nan[start : place + 1])))
+        start = place + 1
+    if start < len(nan):
+        parts.append(Decision(None, math.nan, len(nan) - start, sum(nan[start:])))
+    return parts
+
+
+def acceptance_margin(radius: float, decrease: float, floor: float) -> float:
+    """How much lower than the incumbent's a loss must be: decrease radius^2 + floor.
 
     decrease: any > 0 asks for sufficient decrease, rho(t) = decrease t^2 with rho(t)/t -> 0:
         then the points need no lattice (Kolda, Lewis & Torczon 2003, section 3.7). With 0, the
         simple decrease that suffices on one (Torczon 1997), the bar is the incumbent's loss.
     floor: what the loss's own noise can feign (``noise_floor``)
     """
-    return comparable(incumbent) - decrease * radius * radius - floor  # ** would overflow
+    return decrease * radius * radius + floor  # ** would overflow
+
+
+def acceptance_bar(incumbent: float | None, margin: float) -> float:
+    """What a loss must lie below to be accepted; infinity beside a loss that is not finite."""
+    return comparable(incumbent) - margin
 
 
 def noise_floor(noise: float, total: int) -> float:

@@ -370,6 +370,33 @@ def test_ops_are_their_plain_twins(mask):
     )
 
 
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("margin, most, gap", [(1e-9, 99, 1.0), (1e-3, 99, 9.0), (1e-9, 4, 40.0)])
+def test_descents_are_the_serial_loop(margin, most, gap, mask):
+    weights, plan = arguments(mask=mask)
+    torch.manual_seed(2)
+    index = torch.randint(len(weights), (40,))
+    delta = 0.2 * torch.randn(40, dtype=torch.float64)
+    index[[0, 7]] = len(weights) - 1  # the head's last bias
+    delta[[0, 7]] = torch.tensor([math.nan, math.inf]).double()
+    runs = []
+    for side in (ops, reference_fused):
+        own = weights.clone()
+        loss = ops.fused_refresh(own, plan).item()
+        found = side.fused_descend(own, plan, index, delta, loss, margin, most, gap)
+        losses, places, incumbents, (decided, accepted, evaluated) = found
+        assert evaluated >= decided
+        runs.append((own, losses[:decided], places[:accepted], incumbents[:accepted]))
+        if side is ops:
+            kept = plan.workspace.clone()
+            ops.fused_refresh(own, plan)
+            assert torch.equal(plan.workspace, kept)
+    assert 3 < len(runs[0][2]) <= most
+    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][2], runs[1][2])
+    for fast, slow in zip(runs[0], runs[1], strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-14, equal_nan=True)
+
+
 def test_ops_pass_opcheck():
     weights, plan = arguments()
     index, delta = torch.tensor([1, 5]), torch.tensor([0.1, 0.2]).double()
@@ -378,6 +405,8 @@ def test_ops_pass_opcheck():
     torch.library.opcheck(torch.ops.psfast.fused_loss.default, base)
     torch.library.opcheck(torch.ops.psfast.fused_refresh.default, (*base, None))
     torch.library.opcheck(torch.ops.psfast.fused_refresh.default, (*base, index))
+    numbers = (index, delta, 5.0, 0.0, 9, 1.0)
+    torch.library.opcheck(torch.ops.psfast.fused_descend.default, (*base, *numbers))
 
 
 def test_raw_ops_name_what_is_wrong():

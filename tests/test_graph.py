@@ -67,33 +67,60 @@ def test_stops_in_the_round_of_the_first_improvement(monkeypatch):
     assert torch.equal(found, losses[: len(found)])
 
 
-@pytest.mark.parametrize("capacity", [4096, 5])
-def test_descend_is_the_serial_loop(monkeypatch, capacity):
-    monkeypatch.setattr("psfast.objectives.graph._CAPACITY", capacity)
+@pytest.mark.parametrize("margin, most", [(0.0, 99), (1e-3, 99), (0.0, 4)])
+def test_descend_is_the_serial_loop(margin, most):
     serial, graph = twins()
     index, delta = block(serial, 60)
-    best, expected, kept = serial().item(), [], 0
+    losses, places, best = [], [], serial().item()
     for k in range(60):
-        loss = serial.losses(index[k : k + 1], delta[k : k + 1])
-        expected.append(loss)
-        if loss.item() < best:
-            best, kept = loss.item(), kept + 1
+        losses.append(serial.losses(index[k : k + 1], delta[k : k + 1]).item())
+        if losses[-1] < best - margin:
+            best = losses[-1]
+            places.append(k)
             serial.accept(index[k : k + 1], delta[k : k + 1])
-    found = graph.descend(index, delta, graph().item())
-    assert kept > 3
-    assert torch.equal(found, torch.cat(expected))
+            if len(places) == most:
+                break
+    found = graph.descend(index, delta, incumbent=graph().item(), margin=margin, most=most, gap=1.0)
+    assert len(places) > 3
+    assert found.places == places and found.losses.tolist() == losses
+    assert found.incumbents == [losses[place] for place in places]
+    assert len(losses) <= found.evaluated <= 60
     assert torch.equal(graph.flat.buffer, serial.flat.buffer)
     assert graph().item() == best
 
 
-def test_nan_is_never_kept():
+def test_a_descent_takes_what_the_device_holds(monkeypatch):
+    monkeypatch.setattr("psfast.objectives.graph._CAPACITY", 8)
+    _, graph = twins()
+    found = graph.descend(*block(graph, 20), incumbent=graph().item(), margin=0.0, most=99, gap=1.0)
+    assert len(found.losses) == 8
+
+
+def test_what_is_not_finite_is_never_kept():
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
     graph = GraphObjective(lambda: (weight - 1).log().sum(), [weight], capture=False)
-    index, delta = torch.tensor([0, 1]), torch.tensor([-0.5, -0.5])
+    index, delta = torch.tensor([0, 1, 0]), torch.tensor([-0.5, -0.5, 1.0])
     assert graph().item() == -math.inf
-    losses = graph.descend(index, delta, 10.0)
-    assert math.isnan(losses[0]) and losses[1] == -math.inf
-    assert weight.tolist() == [1.0, 1.5]
+    found = graph.descend(index, delta, incumbent=math.inf, margin=0.0, most=9, gap=1.0)
+    assert math.isnan(found.losses[0]) and found.losses[1] == -math.inf
+    assert found.places == [2] and weight.tolist() == [2.0, 2.0]
+
+
+def test_an_exception_in_a_descent_keeps_what_was_accepted():
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def closure():
+        if weight[1] > 2:
+            raise ArithmeticError("no")
+        return weight.square().sum()
+
+    graph = GraphObjective(closure, [weight], capture=False)
+    other = SerialObjective(closure, [weight])
+    index, delta = torch.tensor([0, 1]), torch.tensor([-0.5, 0.5])
+    with pytest.raises(ArithmeticError):
+        graph.descend(index, delta, incumbent=5.0, margin=0.0, most=9, gap=1.0)
+    assert weight.tolist() == [0.5, 2.0]
+    assert other.flat.changed()
 
 
 def test_an_exception_leaves_the_incumbent():
@@ -127,9 +154,13 @@ def test_goes_on_with_another_batch_and_follows_the_parameters():
     assert torch.equal(graph.losses(index, delta), serial.losses(index, delta))
 
 
-def test_the_optimizer_takes_the_serial_steps():
+@pytest.mark.parametrize("many", [1, 6])
+def test_the_optimizer_takes_the_serial_steps(many):
     serial, graph = twins(seed=3)
-    searches = [psfast.PatternSearch(o.params, radius=0.2, seed=4) for o in (serial, graph)]
+    searches = [
+        psfast.PatternSearch(o.params, radius=0.2, seed=4, max_accepts=many)
+        for o in (serial, graph)
+    ]
     for _ in range(5):
         values = [
             search.step(o).item() for search, o in zip(searches, (serial, graph), strict=True)

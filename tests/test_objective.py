@@ -41,6 +41,55 @@ def test_every_backend_takes_the_same_decisions(backend):
     assert torch.equal(runs[0][1], runs[1][1]) and runs[0][2] == runs[1][2]
 
 
+@pytest.mark.parametrize("decrease", [0.0, 1e-3])
+@pytest.mark.parametrize("backend", [*WITHOUT_GPU, "frozen fused"])
+def test_many_accepts_in_one_step_are_those_of_many_steps(backend, decrease):
+    """To the bit, in float32 too; ends behind an accepted trial point and at a failed poll."""
+    runs = []
+    for many in (1, 7):
+        model, *rest = transformer(dropout=0.1)
+        model.float()
+        if backend == "frozen fused":
+            model.blocks[0].requires_grad_(False)
+        f = psfast.objective(model, *rest, backend=backend.removeprefix("frozen "))
+        head = [p for p in f.params if p is model.head.weight or p is model.head.bias]
+        groups = [
+            {"params": [p for p in f.params if all(p is not q for q in head)]},
+            {"params": head, "radius": 0.1},
+        ]
+        optimizer = psfast.PatternSearch(
+            groups, radius=0.05, seed=3, max_accepts=many, decrease=decrease
+        )
+        accepted = []
+        while len(accepted) < 140:
+            optimizer.step(f)
+            assert len(optimizer.last_poll.accepted) <= many
+            assert optimizer.last_poll.speculated >= 0
+            accepted += optimizer.last_poll.accepted
+        state = optimizer.state_dict()["search"]
+        assert state.pop("incumbent") == pytest.approx(f().item(), rel=1e-5)
+        runs.append((accepted, state))
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("backend", ["serial", "batched"])
+def test_many_accepts_until_the_radius_has_shrunk(backend):
+    runs = []
+    for many in (1, 10_000):
+        f = psfast.objective(*linear(), backend=backend)
+        optimizer = psfast.PatternSearch(
+            f.params, radius=0.4, min_radius=0.1, expand=1.5, max_accepts=many, max_evaluations=35
+        )
+        accepted, steps = [], 0
+        while not optimizer.converged:
+            optimizer.step(f)
+            assert optimizer.last_poll.evaluations <= 35
+            accepted, steps = accepted + optimizer.last_poll.accepted, steps + 1
+        runs.append((accepted, optimizer.evaluations, f.flat.buffer.clone(), steps))
+    assert runs[0][:2] == runs[1][:2] and torch.equal(runs[0][2], runs[1][2])
+    assert runs[1][3] < runs[0][3]
+
+
 @pytest.mark.parametrize("backend", WITHOUT_GPU)
 def test_block_sizes_change_no_bit_of_a_loss(backend):
     f = psfast.objective(*transformer(dropout=0.2), backend=backend)

@@ -10,12 +10,15 @@ from hypothesis import strategies as st
 from psfast.search import (
     PollState,
     acceptance_bar,
+    acceptance_margin,
     advance,
     best_improvement,
     block_size,
     coordinates,
+    decisions,
     derive_seed,
     first_improvement,
+    kept_places,
     noise_floor,
     noise_level,
     poll_order,
@@ -142,10 +145,38 @@ def test_blocks_shrink_with_the_gap_between_successes():
 
 
 def test_the_bar_is_the_incumbents_loss_unless_more_is_asked():
-    assert acceptance_bar(5.1, 0.3, 0.0, 0.0) == 5.1
-    assert acceptance_bar(5.0, 0.5, 0.1, 0.25) == 5.0 - 0.1 * 0.25 - 0.25
+    assert acceptance_bar(5.1, acceptance_margin(0.3, 0.0, 0.0)) == 5.1
+    margin = acceptance_margin(0.5, 0.1, 0.25)
+    assert margin == 0.1 * 0.25 + 0.25
+    assert acceptance_bar(5.0, margin) == 5.0 - margin
     for missing in (None, math.nan, math.inf):
-        assert acceptance_bar(missing, 0.5, 0.1, 0.25) == math.inf
+        assert acceptance_bar(missing, margin) == math.inf
+
+
+@pytest.mark.parametrize("more", [0, 100])
+def test_a_bar_that_float32_has_not_is_the_same_for_every_block_size(more):
+    losses = torch.tensor([1.0] + [3.0] * more)
+    assert first_improvement(losses, 1.0 + 1e-9).chosen == 0
+    assert best_improvement(losses, 1.0 + 1e-9).chosen == 0
+    assert first_improvement(losses, 1.0 - 1e-9).chosen is None
+
+
+def test_a_descent_in_parts():
+    nan, inf = math.nan, math.inf
+    losses = [5.0, nan, 4.5, 4.4, -inf, nan, 3.0, 4.0]
+    assert kept_places(losses, 5.0, 0.0, 9) == [2, 3, 6]
+    assert kept_places(losses, 5.0, 0.2, 9) == [2, 6]
+    assert kept_places(losses, 5.0, 0.0, 2) == [2, 3]
+    assert kept_places(losses, nan, 0.0, 9) == [0, 2, 3, 6]
+    parts = decisions(torch.tensor(losses), [2, 3, 6], [4.5, 4.4, 3.0])
+    assert [(d.chosen, d.loss, d.decided, d.nan) for d in parts[:3]] == [
+        (2, 4.5, 3, 1),
+        (0, 4.4, 1, 0),
+        (2, 3.0, 3, 1),
+    ]
+    assert (parts[3].chosen, parts[3].decided, parts[3].nan) == (None, 1, 0)
+    assert decisions(torch.tensor([1.0]), [0], [1.0])[0].success
+    assert len(decisions(torch.tensor([1.0]), [0], [1.0])) == 1
 
 
 @given(st.integers(0, 2**32), st.sampled_from([1e-9, 1e-3, 10.0]), st.integers(6, 16))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,21 @@ from torch import Tensor, nn
 from psfast.flat import FlatParameters
 
 _FEW = 16  # numbers that Python compares sooner than an operation on a tensor
+
+
+class Descent(NamedTuple):
+    """What ``Objective.descend`` did with its K trial points.
+
+    losses: (K',) float64 on the CPU, K' <= K, of those that were decided, in order
+    places: of the accepted ones among them
+    incumbents: the incumbent's loss after each accepted one
+    evaluated: trial points evaluated, some perhaps more than once
+    """
+
+    losses: Tensor
+    places: list[int]
+    incumbents: list[float]
+    evaluated: int
 
 
 class Objective:
@@ -20,6 +36,9 @@ class Objective:
     why_not: backend -> the reason it does not serve here
     overhead: what a block costs beside its trial points, about, in trial points; from it the
         search finds the block size that suits how often trial points are accepted
+    descends: whether it has ``descend``
+    keeps_losses: whether an accepted trial point's loss is, to the bit, the incumbent's from then
+        on; where it is not, the search asks for the latter
 
     A backend implements ``__call__``, ``losses``, ``loss_at`` and ``accept``. None of the
     first three changes a parameter, a buffer or the global random state.
@@ -27,6 +46,8 @@ class Objective:
 
     backend: str
     overhead = 8.0
+    descends = False
+    keeps_losses = False
     _has_looked: bool | None = None  # None: outside of ``undisturbed``
 
     def __init__(self, params: Sequence[nn.Parameter]):
@@ -59,6 +80,27 @@ class Objective:
     def accept(self, index: Tensor, delta: Tensor) -> None:
         """Make these changes the incumbent. index: (M,) int64, distinct; delta: (M,)"""
         raise NotImplementedError
+
+    def descend(
+        self,
+        index: Tensor,
+        delta: Tensor,
+        *,
+        incumbent: float,
+        margin: float,
+        most: int,
+        gap: float,
+    ) -> Descent:
+        """The serial loop over K trial points: each one whose loss is low enough is accepted.
+
+        Low enough is below the incumbent's loss of that moment by more than ``margin``; ends
+        behind the accepted trial point number ``most``. For where so many are accepted that a
+        call of ``losses`` and one of ``accept`` for each of them would cost more than they do.
+
+        index: (K,) int64; delta: (K,); incumbent: the incumbent's loss
+        gap: trial points between two accepted ones, about; decides nothing but the speed
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes one accepted trial point at a time")
 
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
         """Go on with another batch, and with the dropout mask of ``seed`` if one is given.

@@ -9,7 +9,7 @@ from torch import Tensor
 from psfast import ops
 from psfast.flat import trainable
 from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
-from psfast.objectives.base import check_block
+from psfast.objectives.base import Descent, check_block
 from psfast.objectives.fused_model import FusedModelObjective, why_not_fused_model
 from psfast.objectives.watch import Watch
 from psfast.random_state import seeded
@@ -33,6 +33,8 @@ class FusedObjective(FusedModelObjective):
 
     Raises ValueError with the reason where it cannot serve.
     """
+
+    descends = True
 
     def __init__(self, model, criterion, inputs, targets, *, params=None, seed: int = 0):
         params = trainable(model.parameters()) if params is None else list(params)
@@ -83,6 +85,25 @@ class FusedObjective(FusedModelObjective):
         self.flat.add(index, delta)
         if self._shift is not None:
             self._weights[inner] += moved
+
+    def descend(self, index, delta, *, incumbent, margin, most, gap) -> Descent:
+        check_block(index, delta, self.flat.size)
+        self._follow()
+        inner, moved = self._for_ops(index, delta)
+        found = ops.fused_descend(
+            self._weights, self._plan, inner, moved, incumbent, margin, most, gap
+        )
+        losses, places, incumbents, counts = found
+        decided, accepted, evaluated = counts.tolist()
+        if accepted:
+            places, incumbents = places[:accepted], incumbents[:accepted]
+            self._loss = incumbents[-1].clone()
+            if self._shift is not None:
+                self.flat.buffer[index[places]] = self._weights[inner[places]]
+            self.flat.note_write()
+        return Descent(
+            losses[:decided], places[:accepted].tolist(), incumbents[:accepted].tolist(), evaluated
+        )
 
     def _prepare(self) -> None:
         """Take up the model and the batch as they are now."""

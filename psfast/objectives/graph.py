@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from psfast.flat import trainable
-from psfast.objectives.base import CompositeLoss, check_block
+from psfast.objectives.base import CompositeLoss, Descent, check_block
 from psfast.objectives.serial import SerialObjective
 from psfast.objectives.watch import Watch
+from psfast.search import acceptance_bar, kept_places
 
 _CAPACITY = 4096  # trial points that the device holds at a time
 _ROUND = 32  # replays between two looks at the losses, where the caller may stop early
@@ -22,7 +23,9 @@ class Cursor(NamedTuple):
 
     place: (1,) int64; index: (C,) int64; delta: (C,), in the parameters' dtype
     losses: (C,) float64, filled up to ``place``
-    bar: (1,) float64: a loss below it is kept and becomes the bar; -inf keeps nothing
+    bar: (1,) float64: a loss below it is kept, and ``margin`` (1,) float64 below that one is the
+        next bar
+    left: (1,) int64: how many may still be kept
     """
 
     place: Tensor
@@ -30,6 +33,8 @@ class Cursor(NamedTuple):
     delta: Tensor
     losses: Tensor
     bar: Tensor
+    margin: Tensor
+    left: Tensor
 
     @classmethod
     def on(cls, buffer: Tensor) -> "Cursor":
@@ -40,13 +45,19 @@ class Cursor(NamedTuple):
             torch.zeros(_CAPACITY, dtype=buffer.dtype, device=device),
             torch.zeros(_CAPACITY, dtype=torch.float64, device=device),
             torch.zeros(1, dtype=torch.float64, device=device),
+            torch.zeros(1, dtype=torch.float64, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
         )
 
-    def load(self, index: Tensor, delta: Tensor, bar: float) -> None:
-        """Put a block of K <= C trial points there and go to its start."""
+    def load(
+        self, index: Tensor, delta: Tensor, bar: float = 0.0, margin: float = 0.0, most: int = 0
+    ) -> None:
+        """Put a block of K <= C trial points there and go to its start, to keep ``most``."""
         self.index[: len(index)].copy_(index, non_blocking=True)
         self.delta[: len(delta)].copy_(delta, non_blocking=True)
         self.bar.fill_(bar)
+        self.margin.fill_(margin)
+        self.left.fill_(most)
         self.place.zero_()
 
 
@@ -54,7 +65,7 @@ def trial_step(closure: Callable[[], Tensor], buffer: Tensor, cursor: Cursor) ->
     """Evaluate the trial point at the cursor; device work alone, so that it can be captured.
 
     buffer: (N,): the flat parameters. Afterwards they are as before, or, if the loss fell
-    below the bar, the trial point itself.
+    below the bar and one may still be kept, the trial point itself.
     """
     at = cursor.index.index_select(0, cursor.place)
     old = buffer.index_select(0, at)
@@ -65,9 +76,11 @@ def trial_step(closure: Callable[[], Tensor], buffer: Tensor, cursor: Cursor) ->
     except BaseException:
         buffer.index_copy_(0, at, old)
         raise
-    # NaN compares false and fmin drops it, so it is never kept.
-    buffer.index_copy_(0, at, torch.where(loss < cursor.bar, new, old))
-    torch.fmin(cursor.bar, loss, out=cursor.bar)
+    # NaN compares false, so it is never kept.
+    keeps = (loss < cursor.bar) & (loss > -math.inf) & (cursor.left > 0)
+    buffer.index_copy_(0, at, torch.where(keeps, new, old))
+    cursor.bar.copy_(torch.where(keeps, loss - cursor.margin, cursor.bar))
+    cursor.left.sub_(keeps.long())
     cursor.losses.index_copy_(0, cursor.place, loss)
     cursor.place.add_(1)
 
@@ -85,6 +98,7 @@ class GraphObjective(SerialObjective):
     """
 
     backend = "graph"
+    descends = True
 
     def __init__(
         self, closure: Callable, params: list[nn.Parameter], *, seed: int = 0, capture: bool = True
@@ -108,38 +122,45 @@ class GraphObjective(SerialObjective):
         self._follow()
         found = []
         for block in zip(index.split(_CAPACITY), delta.split(_CAPACITY), strict=True):
-            found.append(self._run(*block, -math.inf, stop_below))
+            self._cursor.load(*block)
+            found.append(self._run(len(block[0]), lambda losses: _any_below(losses, stop_below)))
             if len(found[-1]) < len(block[0]):
                 break
         return torch.cat(found)
 
-    def descend(self, index: Tensor, delta: Tensor, bar: float) -> Tensor:
-        """The serial loop over the block, on the device: whatever lowers the loss is kept.
-
-        index: (K,) int64; delta: (K,); bar: the incumbent's loss -> losses: (K,) float64
-
-        Trial point k was kept if its loss is below ``bar`` and all losses before it. One host
-        sync serves all of them, where ``losses`` and ``accept`` need one per kept trial point.
-        """
+    def descend(self, index, delta, *, incumbent, margin, most, gap) -> Descent:
+        """As every objective's; a host sync serves 32 trial points, whatever is accepted."""
         check_block(index, delta, self.flat.size)
         self._follow()
-        found = []
-        for block in zip(index.split(_CAPACITY), delta.split(_CAPACITY), strict=True):
-            found.append(self._run(*block, bar, None))
-            bar = self._cursor.bar.item()
-        self.flat.add(index[:0], delta[:0])  # so that others see that parameters have changed
-        return torch.cat(found)
+        index, delta = index[:_CAPACITY], delta[:_CAPACITY]
+        cursor = self._cursor
+        cursor.load(index, delta, acceptance_bar(incumbent, margin), margin, most)
+        try:
+            losses = self._run(len(index), lambda _: not cursor.left.item()).cpu()
+        except BaseException:
+            self.flat.note_write()  # some may have been accepted
+            raise
+        values, evaluated = losses.tolist(), len(losses)
+        places = kept_places(values, incumbent, margin, most)
+        if places:
+            self.flat.note_write()
+            if len(places) == most:
+                losses = losses[: places[-1] + 1]
+        return Descent(losses, places, [values[place] for place in places], evaluated)
 
-    def _run(self, index: Tensor, delta: Tensor, bar: float, stop_below: float | None) -> Tensor:
+    def _run(self, count: int, is_over: Callable[[Tensor], bool]) -> Tensor:
+        """The losses of the cursor's first ``count`` trial points.
+
+        is_over: of a round's losses, whether to leave out those behind
+        """
         cursor, done = self._cursor, 0
-        cursor.load(index, delta, bar)
         with self._evaluation():
-            while done < len(index):
-                first, done = done, min(done + _ROUND, len(index))
+            while done < count:
+                first, done = done, min(done + _ROUND, count)
                 for _ in range(first, done):
                     self._seed_all()
                     self._replay()
-                if stop_below is not None and (cursor.losses[first:done] < stop_below).any():
+                if is_over(cursor.losses[first:done]):
                     break
         return cursor.losses[:done].clone()
 
@@ -152,7 +173,6 @@ class GraphObjective(SerialObjective):
     def _prepare(self) -> None:
         self._address: int | None = None  # none is served until all of this is done
         self._cursor = Cursor.on(self.flat.buffer)
-        self._cursor.bar.fill_(-math.inf)
         with self._evaluation(), self._found_buffers():
             self._checked_closure()
         self._replay = self._step
@@ -201,6 +221,10 @@ class GraphObjective(SerialObjective):
                 reason = str(error).strip().splitlines()[0]
                 raise ValueError(f"the closure cannot be captured: {reason}") from error
         return graph
+
+
+def _any_below(losses: Tensor, bar: float | None) -> bool:
+    return bar is not None and bool((losses < bar).any())
 
 
 class GraphModelObjective(GraphObjective):

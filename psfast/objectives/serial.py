@@ -38,6 +38,7 @@ class SerialObjective(Objective):
     """
 
     backend = "serial"
+    keeps_losses = True
 
     def __init__(self, closure: Callable, params: list[nn.Parameter], *, seed: int = 0):
         super().__init__(params)
