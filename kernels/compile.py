@@ -16,13 +16,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-from psfast.kernels import plan
-from psfast.kernels import transformer as kernel
+from psfast.kernels import losses, plan, transformer
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448}
 DEFAULT_MODE = plan.MODES[0]
+_KERNELS = {
+    "evaluate": transformer.evaluate,
+    "pack": transformer.pack,
+    "reduce_losses": losses.reduce_losses,
+    "take_first": losses.take_first,
+}
 _TYPES = {
     "index_ptr": "*i64",
     "delta_ptr": "*fp32",
@@ -34,6 +39,13 @@ _TYPES = {
     "map_ptr": "*i32",
     "incumbent_ptr": "*fp64",
     "loss_ptr": "*fp64",
+    "losses_ptr": "*fp64",
+    "places_ptr": "*i64",
+    "incumbents_ptr": "*fp64",
+    "state_ptr": "*i64",
+    "margin_ptr": "*fp64",
+    "block_index_ptr": "*i64",
+    "summed_ptr": "*fp64",
     "eps": "fp32",
     "scale": "fp32",
     "inv_keep": "fp32",
@@ -99,6 +111,7 @@ def cases() -> Iterator[Case]:
     """
     for arch in SHARED_MEMORY:
         yield Case("reduce", "reduce_losses", {"BLOCK": 128}, 4, 2, arch, True)
+        yield Case("take first", "take_first", {"BLOCK": 32}, 1, 2, arch, True)
         scale = {"SCALE": plan.WEIGHT_SCALE, "BLOCK": 1024}
         yield Case("pack", "pack", scale, 4, 2, arch, True)
     for key in plan.CONFIGS:
@@ -110,7 +123,7 @@ def cases() -> Iterator[Case]:
 
 def compile_case(case: Case) -> Result:
     """Compile as a launch would, then ask ptxas what came out."""
-    function = getattr(kernel, case.function)
+    function = _KERNELS[case.function]
     names = function.arg_names
     signature = {name: "constexpr" if name in case.constants else _type(name) for name in names}
     if case.constants.get("CACHE"):

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from psfast.kernels import losses as loss_kernels
 from psfast.kernels import transformer as kernel
 from torch import Tensor, nn
 
@@ -164,7 +165,7 @@ class TransformerPlan:
         mode: str,
     ):
         self.sizes, self.config, self.mode = sizes, config, mode
-        self._scratch: Tensor | None = None
+        self.scratch: Tensor | None = None
         self.device = trainable[0].device
         ids = parameter_ids(model, trainable)
         packed = pack_order(
@@ -232,6 +233,11 @@ class TransformerPlan:
 
     def refresh(self, cache: Cache, params: Tensor, rows: Rows) -> Tensor:
         """Fill ``cache`` at ``params`` (N,); returns the loss there, (1,) float64."""
+        self.fill(cache, params, rows)
+        return self.loss(cache, rows)
+
+    def fill(self, cache: Cache, params: Tensor, rows: Rows) -> None:
+        """Fill ``cache`` at ``params`` (N,)."""
         size = len(self.order)
         with torch.cuda.device_of(params):
             kernel.pack[(-(-size // 1024),)](
@@ -246,6 +252,9 @@ class TransformerPlan:
             )
         none = cache.summed  # of the right device, and never read
         self._launch((1, rows.groups), none, none, cache.summed, params, cache, rows, 1, cache=True)
+
+    def loss(self, cache: Cache, rows: Rows) -> Tensor:
+        """The loss of the cached incumbent, (1,) float64."""
         zero = torch.zeros(1, rows.groups, dtype=torch.float32, device=self.device)
         return self._reduce(cache, zero, rows)
 
@@ -253,8 +262,15 @@ class TransformerPlan:
         self, cache: Cache, params: Tensor, rows: Rows, index: Tensor, delta: Tensor
     ) -> Tensor:
         """index: (K,) int64; delta: (K,) float32 -> (K,) float64, at the cached incumbent."""
+        partial = torch.empty(len(index), rows.groups, dtype=torch.float32, device=self.device)
+        self.differences(cache, params, rows, index, delta, partial)
+        return self._reduce(cache, partial, rows)
+
+    def differences(
+        self, cache: Cache, params: Tensor, rows: Rows, index: Tensor, delta: Tensor, out: Tensor
+    ) -> None:
+        """What K trial points change of each group's summed loss: ``out`` (K, groups) float32."""
         K = len(index)
-        partial = torch.empty(K, rows.groups, dtype=torch.float32, device=self.device)
         for start in range(0, K, self._most(rows)):
             part = slice(start, start + self._most(rows))
             points = len(index[part])
@@ -262,14 +278,13 @@ class TransformerPlan:
                 (points, rows.groups),
                 index[part],
                 delta[part],
-                partial[part],
+                out[part],
                 params,
                 cache,
                 rows,
                 points,
                 cache=False,
             )
-        return self._reduce(cache, partial, rows)
 
     def _most(self, rows: Rows) -> int:
         """Trial points of one launch: with rows staged in memory, as many as stay in the L2."""
@@ -322,15 +337,15 @@ class TransformerPlan:
         """Where the programs of a launch put their normalised rows; one element if nowhere."""
         per_program = self.config.rows * self.sizes.padded_model if self.config.staged else 0
         size = max(1, grid[0] * grid[1] * per_program)
-        if self._scratch is None or len(self._scratch) < size:
-            self._scratch = torch.empty(size, dtype=torch.float32, device=self.device)
-        return self._scratch.view(torch.float16) if mode == "fp16x3" else self._scratch
+        if self.scratch is None or len(self.scratch) < size:
+            self.scratch = torch.empty(size, dtype=torch.float32, device=self.device)
+        return self.scratch.view(torch.float16) if mode == "fp16x3" else self.scratch
 
     def _reduce(self, cache: Cache, partial: Tensor, rows: Rows) -> Tensor:
         K = len(partial)
         loss = torch.empty(K, dtype=torch.float64, device=self.device)
         with torch.cuda.device_of(partial):
-            kernel.reduce_losses[(-(-K // 128),)](
+            loss_kernels.reduce_losses[(-(-K // 128),)](
                 cache.summed, partial, loss, K, rows.groups, float(rows.count), BLOCK=128
             )
         return loss

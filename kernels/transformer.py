@@ -17,6 +17,16 @@ times DK, padded. Padded weights are zero.
 
 import triton
 import triton.language as tl
+from psfast.kernels.tiles import (
+    attend,
+    from_heads,
+    layer_norm,
+    linear,
+    linear_of_norm,
+    split,
+    stage,
+    to_heads,
+)
 
 # Kinds of tensors, in pairs of weight and bias (the first pair: the two embeddings).
 TOKEN = tl.constexpr(0)
@@ -39,154 +49,6 @@ HEAD_WEIGHT = tl.constexpr(16)
 HEAD_BIAS = tl.constexpr(17)
 
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _split(a, MODE: tl.constexpr):
-    """``a`` as fp16 (hi, lo), a = hi + lo to 22 bits; the other modes take ``a`` as it is.
-
-    Beyond 65,504 hi is infinite and lo the opposite infinity, so whatever is computed from
-    them is NaN and the caller sees the overflow.
-    """
-    if MODE == "fp16x3":
-        hi = a.to(tl.float16)
-        lo = (a - hi.to(tl.float32)).to(tl.float16)
-        return hi, lo
-    else:
-        return a, a
-
-
-@triton.jit
-def _dot(a_hi, a_lo, b_hi, b_lo, acc, MODE: tl.constexpr):
-    """``acc + a @ b``, the small products first."""
-    if MODE == "fp16x3":
-        acc = tl.dot(a_lo, b_hi, acc)
-        acc = tl.dot(a_hi, b_lo, acc)
-        return tl.dot(a_hi, b_hi, acc)
-    elif MODE == "tf32x3":
-        return tl.dot(a_hi, b_hi, acc, input_precision="tf32x3")
-    else:
-        return tl.dot(a_hi, b_hi, acc, input_precision="ieee")
-
-
-@triton.jit
-def _linear(
-    a_hi,
-    a_lo,
-    w_ptr,
-    hi_ptr,
-    lo_ptr,
-    start,
-    acc,
-    IN: tl.constexpr,
-    OUT: tl.constexpr,
-    STRIDE: tl.constexpr,
-    MODE: tl.constexpr,
-):
-    """``acc + a @ w`` for w (IN, OUT), packed from ``start`` on; times SCALE in fp16x3.
-
-    ``start`` goes into the column offsets, so that the (IN, OUT) offsets depend on the loop
-    around: as loop invariants they would be hoisted and fill the registers.
-    """
-    at = (start + tl.arange(0, OUT))[None, :] + (tl.arange(0, IN) * STRIDE)[:, None]
-    if MODE == "fp16x3":
-        return _dot(a_hi, a_lo, tl.load(hi_ptr + at), tl.load(lo_ptr + at), acc, MODE)
-    else:
-        w = tl.load(w_ptr + at)
-        return _dot(a_hi, a_lo, w, w, acc, MODE)
-
-
-@triton.jit
-def _linear_of_norm(
-    n_hi,
-    n_lo,
-    staged_ptr,
-    w_ptr,
-    hi_ptr,
-    lo_ptr,
-    start,
-    acc,
-    M: tl.constexpr,
-    DP: tl.constexpr,
-    OUT: tl.constexpr,
-    STRIDE: tl.constexpr,
-    KC: tl.constexpr,
-    MODE: tl.constexpr,
-):
-    """``_linear`` of the normalised rows (M, DP), from memory KC columns at a time if KC < DP."""
-    if KC < DP:
-        for c in range(0, DP, KC):
-            at = (c + tl.arange(0, KC))[None, :] + (tl.arange(0, M) * DP)[:, None]
-            a_hi = tl.load(staged_ptr + at)
-            a_lo = tl.load(staged_ptr + M * DP + at) if MODE == "fp16x3" else a_hi
-            at_w = start + c * STRIDE
-            acc = _linear(a_hi, a_lo, w_ptr, hi_ptr, lo_ptr, at_w, acc, KC, OUT, STRIDE, MODE)
-        return acc
-    else:
-        return _linear(n_hi, n_lo, w_ptr, hi_ptr, lo_ptr, start, acc, DP, OUT, STRIDE, MODE)
-
-
-@triton.jit
-def _stage(
-    n_hi,
-    n_lo,
-    staged_ptr,
-    M: tl.constexpr,
-    DP: tl.constexpr,
-    KC: tl.constexpr,
-    MODE: tl.constexpr,
-):
-    """Put the normalised rows where ``_linear_of_norm`` finds them, if it looks in memory."""
-    if KC < DP:
-        at = (tl.arange(0, M) * DP)[:, None] + tl.arange(0, DP)[None, :]
-        tl.debug_barrier()
-        tl.store(staged_ptr + at, n_hi)
-        if MODE == "fp16x3":
-            tl.store(staged_ptr + M * DP + at, n_lo)
-        tl.debug_barrier()
-
-
-@triton.jit
-def _layer_norm(x, weight, bias, eps, D: tl.constexpr, DP: tl.constexpr):
-    """LayerNorm of the rows of x (M, DP), of which the first D columns count."""
-    centred = x - (tl.sum(x, 1) / D)[:, None]
-    if D < DP:
-        centred = tl.where((tl.arange(0, DP) < D)[None, :], centred, 0.0)
-    variance = tl.sum(centred * centred, 1) / D
-    scale = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-    return centred * scale[:, None] * weight[None, :] + bias[None, :]
-
-
-@triton.jit
-def _attend(
-    q, k, v, scale, BATCH: tl.constexpr, TP: tl.constexpr, DK: tl.constexpr, MODE: tl.constexpr
-):
-    """Causal softmax attention of q, k, v (BATCH, TP, DK); scale = log2(e) / sqrt(d_k)."""
-    q_hi, q_lo = _split(q, MODE)
-    k_hi, k_lo = _split(tl.permute(k, (0, 2, 1)), MODE)
-    v_hi, v_lo = _split(v, MODE)
-    scores = _dot(q_hi, q_lo, k_hi, k_lo, tl.zeros((BATCH, TP, TP), tl.float32), MODE)
-    t = tl.arange(0, TP)
-    scores = tl.where((t[:, None] >= t[None, :])[None, :, :], scores, float("-inf"))
-    p = tl.exp2((scores - tl.max(scores, 2)[:, :, None]) * scale)
-    total = tl.sum(p, 2)
-    p_hi, p_lo = _split(p, MODE)
-    mixed = _dot(p_hi, p_lo, v_hi, v_lo, tl.zeros((BATCH, TP, DK), tl.float32), MODE)
-    return mixed / total[:, :, None]
-
-
-@triton.jit
-def _to_heads(x, S: tl.constexpr, TP: tl.constexpr, HC: tl.constexpr, DK: tl.constexpr):
-    """(S * TP, HC * DK) -> (HC * S, TP, DK)"""
-    x = tl.permute(tl.reshape(x, (S, TP, HC, DK)), (2, 0, 1, 3))
-    return tl.reshape(x, (HC * S, TP, DK))
-
-
-@triton.jit
-def _from_heads(x, S: tl.constexpr, TP: tl.constexpr, HC: tl.constexpr, DK: tl.constexpr):
-    """(HC * S, TP, DK) -> (S * TP, HC * DK)"""
-    x = tl.permute(tl.reshape(x, (HC, S, TP, DK)), (1, 2, 0, 3))
-    return tl.reshape(x, (S * TP, HC * DK))
 
 
 # A new block size must not mean a new compilation, nor a block cut from a longer one.
@@ -265,6 +127,7 @@ def evaluate(
     HIDDEN: tl.constexpr = N2 + DP
     COLUMNS: tl.constexpr = HIDDEN + FP
 
+    weights = (w_ptr, hi_ptr, lo_ptr)
     group = tl.program_id(1)
     groups = tl.num_programs(1)
     HALVES: tl.constexpr = 2 if MODE == "fp16x3" else 1
@@ -373,15 +236,12 @@ def evaluate(
                         q = tl.reshape(q, (S, TP, DK))
                         key = tl.reshape(key, (S, TP, DK))
                         v = tl.reshape(v, (S, TP, DK))
-                        mixed = tl.reshape(_attend(q, key, v, scale, S, TP, DK, MODE), (M, DK))
+                        mixed = tl.reshape(attend(q, key, v, scale, S, TP, DK, MODE), (M, DK))
                         at = (layer * COLUMNS + MIXED + head + lanes)[None, :] * R + rows[:, None]
-                        a_hi, a_lo = _split(mixed - tl.load(columns_ptr + at), MODE)
+                        moved = split(mixed - tl.load(columns_ptr + at), MODE)
                         start = layer * LAYER + WO + head * DP
-                        acc = tl.zeros((M, DP), tl.float32)
-                        acc = _linear(
-                            a_hi, a_lo, w_ptr, hi_ptr, lo_ptr, start, acc, DK, DP, DP, MODE
-                        )
-                        x += acc * INV
+                        zero = tl.zeros((M, DP), tl.float32)
+                        x += linear(moved, weights, start, zero, DK, DP, DP, MODE) * INV
                     is_ff1 = (kind == FF1_WEIGHT) | (kind == FF1_BIAS)
                     is_ff = is_ff1 | (kind == FF2_WEIGHT) | (kind == FF2_BIAS)
                     is_embedding = (kind == TOKEN) | (kind == POSITION)
@@ -409,11 +269,11 @@ def evaluate(
                     is_bias = (kind == LN1_BIAS) | (kind == LN2_BIAS) | (kind == NORM_BIAS)
                     ln_w += tl.where(is_weight, patch, 0.0)
                     ln_b += tl.where(is_bias, patch, 0.0)
-                n = _layer_norm(x, ln_w, ln_b, eps, D, DP)
+                n = layer_norm(x, ln_w, ln_b, eps, D, DP)
                 if CACHE:
                     tl.store(columns_ptr + cols[None, :] * R + rows[:, None], n)
-                n_hi, n_lo = _split(n, MODE)
-                _stage(n_hi, n_lo, staged, M, DP, KC, MODE)
+                n = split(n, MODE)
+                stage(n, staged, M, DP, KC, MODE)
                 for step in range(slot, 2 * n_layers):
                     block = step // 2
                     base = block * LAYER
@@ -424,57 +284,18 @@ def evaluate(
                             zero = tl.zeros((M, DC), tl.float32)
                             bias = w_ptr + base + BQ + c + tl.arange(0, DC)
                             w_at = base + WQ + c
-                            q = _linear_of_norm(
-                                n_hi,
-                                n_lo,
-                                staged,
-                                w_ptr,
-                                hi_ptr,
-                                lo_ptr,
-                                w_at,
-                                zero,
-                                M,
-                                DP,
-                                DC,
-                                AP,
-                                KC,
-                                MODE,
+                            q = linear_of_norm(
+                                n, staged, weights, w_at, zero, M, DP, DC, AP, KC, MODE
                             )
                             q = q * INV + tl.load(bias)[None, :]
                             w_at += DP * AP
-                            key = _linear_of_norm(
-                                n_hi,
-                                n_lo,
-                                staged,
-                                w_ptr,
-                                hi_ptr,
-                                lo_ptr,
-                                w_at,
-                                zero,
-                                M,
-                                DP,
-                                DC,
-                                AP,
-                                KC,
-                                MODE,
+                            key = linear_of_norm(
+                                n, staged, weights, w_at, zero, M, DP, DC, AP, KC, MODE
                             )
                             key = key * INV + tl.load(bias + AP)[None, :]
                             w_at += DP * AP
-                            v = _linear_of_norm(
-                                n_hi,
-                                n_lo,
-                                staged,
-                                w_ptr,
-                                hi_ptr,
-                                lo_ptr,
-                                w_at,
-                                zero,
-                                M,
-                                DP,
-                                DC,
-                                AP,
-                                KC,
-                                MODE,
+                            v = linear_of_norm(
+                                n, staged, weights, w_at, zero, M, DP, DC, AP, KC, MODE
                             )
                             v = v * INV + tl.load(bias + 2 * AP)[None, :]
                             if CACHE:
@@ -483,39 +304,24 @@ def evaluate(
                                 tl.store(qkv_ptr + qkv_at, q)
                                 tl.store(qkv_ptr + R * AP + qkv_at, key)
                                 tl.store(qkv_ptr + 2 * R * AP + qkv_at, v)
-                            q = _to_heads(q, S, TP, HC, DK)
-                            key = _to_heads(key, S, TP, HC, DK)
-                            v = _to_heads(v, S, TP, HC, DK)
-                            mixed = _attend(q, key, v, scale, HC * S, TP, DK, MODE)
-                            mixed = _from_heads(mixed, S, TP, HC, DK)
+                            q = to_heads(q, S, TP, HC, DK)
+                            key = to_heads(key, S, TP, HC, DK)
+                            v = to_heads(v, S, TP, HC, DK)
+                            mixed = attend(q, key, v, scale, HC * S, TP, DK, MODE)
+                            mixed = from_heads(mixed, S, TP, HC, DK)
                             if CACHE:
                                 mixed_at = (column_0 + MIXED + c + tl.arange(0, DC))[None, :] * R
                                 tl.store(columns_ptr + mixed_at + rows[:, None], mixed)
-                            a_hi, a_lo = _split(mixed, MODE)
+                            mixed = split(mixed, MODE)
                             w_at = base + WO + c * DP
-                            acc = _linear(
-                                a_hi, a_lo, w_ptr, hi_ptr, lo_ptr, w_at, acc, DC, DP, DP, MODE
-                            )
+                            acc = linear(mixed, weights, w_at, acc, DC, DP, DP, MODE)
                         acc = acc * INV + tl.load(w_ptr + base + BO + cols)[None, :]
                     else:
                         for f in range(0, FP, FC):
                             hidden = tl.zeros((M, FC), tl.float32)
                             w_at = base + W1 + f
-                            hidden = _linear_of_norm(
-                                n_hi,
-                                n_lo,
-                                staged,
-                                w_ptr,
-                                hi_ptr,
-                                lo_ptr,
-                                w_at,
-                                hidden,
-                                M,
-                                DP,
-                                FC,
-                                FP,
-                                KC,
-                                MODE,
+                            hidden = linear_of_norm(
+                                n, staged, weights, w_at, hidden, M, DP, FC, FP, KC, MODE
                             )
                             f_cols = f + tl.arange(0, FC)
                             hidden = hidden * INV + tl.load(w_ptr + base + B1 + f_cols)[None, :]
@@ -523,11 +329,9 @@ def evaluate(
                                 hidden_at = (column_0 + HIDDEN + f_cols)[None, :] * R
                                 tl.store(columns_ptr + hidden_at + rows[:, None], hidden)
                             # Not tl.maximum, which would turn a NaN into zero.
-                            a_hi, a_lo = _split(tl.where(hidden < 0, 0.0, hidden), MODE)
+                            hidden = split(tl.where(hidden < 0, 0.0, hidden), MODE)
                             w_at = base + W2 + f * DP
-                            acc = _linear(
-                                a_hi, a_lo, w_ptr, hi_ptr, lo_ptr, w_at, acc, FC, DP, DP, MODE
-                            )
+                            acc = linear(hidden, weights, w_at, acc, FC, DP, DP, MODE)
                         acc = acc * INV + tl.load(w_ptr + base + B2 + cols)[None, :]
                         if DROPOUT:
                             keep_at = ((block * R + rows) * DP)[:, None] + cols[None, :]
@@ -537,13 +341,13 @@ def evaluate(
                     norm_at = after // 2 * LAYER + after % 2 * LN2
                     ln_w = tl.load(w_ptr + norm_at + cols)
                     ln_b = tl.load(w_ptr + norm_at + DP + cols)
-                    n = _layer_norm(x, ln_w, ln_b, eps, D, DP)
+                    n = layer_norm(x, ln_w, ln_b, eps, D, DP)
                     if CACHE:
                         tl.store(x_ptr + ((after * R + rows) * DP)[:, None] + cols[None, :], x)
                         n_at = (after // 2 * COLUMNS + after % 2 * N2 + cols)[None, :] * R
                         tl.store(columns_ptr + n_at + rows[:, None], n)
-                    n_hi, n_lo = _split(n, MODE)
-                    _stage(n_hi, n_lo, staged, M, DP, KC, MODE)
+                    n = split(n, MODE)
+                    stage(n, staged, M, DP, KC, MODE)
 
                 # 4. Head and cross-entropy.
                 top = tl.full((M,), float("-inf"), tl.float32)
@@ -553,9 +357,7 @@ def evaluate(
                 for start in range(0, VP, VC):
                     w_at = tail + 2 * DP + start
                     z = tl.zeros((M, VC), tl.float32)
-                    z = _linear_of_norm(
-                        n_hi, n_lo, staged, w_ptr, hi_ptr, lo_ptr, w_at, z, M, DP, VC, VP, KC, MODE
-                    )
+                    z = linear_of_norm(n, staged, weights, w_at, z, M, DP, VC, VP, KC, MODE)
                     v_cols = start + tl.arange(0, VC)
                     z = z * INV + tl.load(w_ptr + tail + 2 * DP + DP * VP + v_cols)[None, :]
                     if not CACHE:
@@ -579,28 +381,6 @@ def evaluate(
                 tl.store(where_to, 0.0)
 
 
-@triton.jit(do_not_specialize=["K", "groups"])
-def reduce_losses(
-    incumbent_ptr,  # (groups,) float64: summed loss of the incumbent
-    partial_ptr,  # (K, groups) fp32: differences
-    loss_ptr,  # (K,) float64
-    K,
-    groups,
-    count,  # supervised rows
-    BLOCK: tl.constexpr,
-):
-    """loss[k] = (sum(incumbent) + sum(partial[k])) / count, added in float64 in group order."""
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = k < K
-    incumbent = tl.full((BLOCK,), 0.0, tl.float64)
-    change = tl.full((BLOCK,), 0.0, tl.float64)
-    for group in range(groups):
-        incumbent += tl.load(incumbent_ptr + group)
-        at = partial_ptr + k.to(tl.int64) * groups + group
-        change += tl.load(at, mask=inside, other=0.0).to(tl.float64)
-    tl.store(loss_ptr + k, (incumbent + change) / count, mask=inside)
-
-
 @triton.jit
 def pack(
     params_ptr,  # (N,) fp32
@@ -617,7 +397,7 @@ def pack(
     inside = at < P
     source = tl.load(map_ptr + at, mask=inside, other=-1)
     w = tl.load(params_ptr + source, mask=source >= 0, other=0.0)
-    hi, lo = _split(w * SCALE, "fp16x3")
+    hi, lo = split(w * SCALE, "fp16x3")
     tl.store(w_ptr + at, w, mask=inside)
     tl.store(hi_ptr + at, hi, mask=inside)
     tl.store(lo_ptr + at, lo, mask=inside)

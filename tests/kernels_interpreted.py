@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from psfast.kernels import plan
+from psfast.kernels import descent, plan
 
 import psfast
 from psfast.objectives.fused_cuda import FusedCudaObjective
@@ -169,6 +169,51 @@ def test_accept_loss_at_and_foreign_changes():
         objective.model.blocks[0].ff[0].weight.mul_(1.5)
     assert objective().item() == pytest.approx(BruteForce(objective)(), abs=2e-6)
     check(objective, index, delta)
+
+
+def serial_descent(objective, index, delta, margin, most):
+    """The same, one trial point at a time: losses of those decided, places, losses after each."""
+    losses, places, incumbents = [], [], []
+    for k in range(len(index)):
+        at = index[k : k + 1], delta[k : k + 1]
+        losses.append(objective.losses(*at).item())
+        if losses[-1] < objective().item() - margin:
+            objective.accept(*at)
+            places.append(k)
+            incumbents.append(objective().item())
+            if len(places) == most:
+                break
+    return losses, places, incumbents
+
+
+@pytest.mark.parametrize("frozen, margin, most", [(False, 2e-3, 99), (True, 0.0, 3)])
+def test_a_descent_is_the_serial_loop(monkeypatch, frozen, margin, most):
+    monkeypatch.setattr(descent, "_PROGRAMS", 12)  # blocks of 4: the interpreter is slow
+    monkeypatch.setattr(descent, "_ROUND", 2)
+    twins = []
+    for _ in range(2):
+        model, *rest = problem(**SIZES["three tiles"])
+        model.blocks[0].attention.requires_grad_(not frozen)
+        twins.append(FusedCudaObjective(model, *rest, seed=2))
+    loop, serial = twins
+    index, delta = points(loop, 1)
+    index = torch.cat([index, index[:3]])  # some twice: there and back again
+    delta = torch.cat([delta, -delta[:3]])
+    delta[2] = math.nan
+    expected = serial_descent(serial, index, delta, margin, most)
+    before = loop().item()
+    found = loop.descend(index, delta, incumbent=before, margin=margin, most=most, gap=2.0)
+    assert 2 < len(expected[1]) < len(expected[0])
+    assert found.losses.tolist() == pytest.approx(expected[0], abs=0, rel=0, nan_ok=True)
+    assert (found.places, found.incumbents) == expected[1:]
+    assert len(expected[0]) <= found.evaluated
+    assert torch.equal(loop.flat.buffer, serial.flat.buffer)
+    assert loop().item() == serial().item()
+    again = loop.descend(index[:5], delta[:5], incumbent=before, margin=9.0, most=1, gap=2.0)
+    assert again.places == [] and len(again.losses) == 5
+    few = serial.losses(index[:5], delta[:5])
+    torch.testing.assert_close(again.losses, few, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(loop.flat.buffer, serial.flat.buffer)
 
 
 def test_another_batch_another_mask_and_no_dropout():

@@ -80,3 +80,24 @@ def test_on_a_gpu(precision):
         expected.append(loss(values) - loss(flat))
     got = objective.losses(index, delta) - objective()
     torch.testing.assert_close(got, torch.stack(expected), rtol=0, atol=2e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("B", [4, 64])
+def test_a_captured_descent_takes_the_serial_steps(B):
+    runs = []
+    for many in (1, 30):
+        torch.manual_seed(0)
+        model = psfast.DecoderOnlyTransformer(dropout=0.0).cuda()
+        inputs = torch.randint(102, (B, 16), device="cuda")
+        targets = torch.randint(99, (B, 16), device="cuda")
+        objective = FusedCudaObjective(model, psfast.MaskedCrossEntropy(), inputs, targets)
+        optimizer = psfast.PatternSearch(objective.params, radius=0.05, max_accepts=many)
+        accepted = []
+        while len(accepted) < 60:
+            optimizer.step(objective)
+            accepted += optimizer.last_poll.accepted
+        state = optimizer.state_dict()["search"]
+        del state["incumbent"]
+        runs.append((accepted, state, objective().item()))
+    assert runs[0] == runs[1]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from psfast.flat import trainable
-from psfast.objectives.base import check_block
+from psfast.objectives.base import Descent, check_block
 from psfast.objectives.fused_model import FusedModelObjective, why_not_fused_model
 from psfast.objectives.watch import Watch
 from psfast.random_state import seeded
@@ -37,6 +37,8 @@ class FusedCudaObjective(FusedModelObjective):
     Raises ValueError with the reason where it cannot serve.
     """
 
+    descends = True
+
     def __init__(
         self, model, criterion, inputs, targets, *, params=None, seed=0, precision="fp16x3"
     ):
@@ -49,17 +51,17 @@ class FusedCudaObjective(FusedModelObjective):
         try:
             from triton.errors import TritonError
 
-            from psfast.kernels import plan
+            from psfast.kernels import descent, plan
         except ImportError as error:
             raise ValueError(f"the fused backend on a GPU needs triton: {error}") from error
         if precision not in plan.MODES:
             raise ValueError(f"precision must be one of {plan.MODES}, got {precision!r}")
         self.model, self.criterion = model, criterion
         self.precision, self.seed = precision, seed
-        self._kernels, self._errors = plan, TritonError
+        self._kernels, self._descents, self._errors = plan, descent, TritonError
         self.inputs, self.targets = inputs, targets
         self._watch = Watch(model, self.params)
-        self._plan = self._cache = self._trial_cache = None
+        self._plan = self._cache = self._trial_cache = self._values = self._descent = None
         self._is_fresh = False
         self._prepare()
 
@@ -93,6 +95,27 @@ class FusedCudaObjective(FusedModelObjective):
         device = self.flat.buffer.device
         self.flat.add(index.to(device, non_blocking=True), delta.to(device, non_blocking=True))
         self._refresh()
+
+    def descend(self, index, delta, *, incumbent, margin, most, gap) -> Descent:
+        """As every objective's; a host sync serves several accepted trial points."""
+        check_block(index, delta, self.flat.size)
+        self._follow()
+        if self._descent is None or self._descent.params is not self._values:
+            self._descent = self._descents.DescentLoop(
+                self._plan, self._cache, self._values, self._rows
+            )
+        device = self.flat.buffer.device
+        try:
+            found = self._descent.run(index.to(device), delta.to(device), margin, most)
+        except BaseException:
+            self._is_fresh = False  # how far it came is unknown
+            raise
+        finally:
+            if self._fixed:
+                self.flat.buffer.copy_(self._values[: self.flat.size])
+            self.flat.note_write()
+        self._loss = self._plan.loss(self._cache, self._rows)
+        return Descent(*found)
 
     def _prepare(self) -> None:
         """Take up the model and the batch as they are now."""
@@ -132,7 +155,7 @@ class FusedCudaObjective(FusedModelObjective):
             raise ValueError(f"the cache of this batch needs {largest} > {_INT32} elements")
         if self._cache is None or rows.groups != self._rows.groups:
             self._cache, self._trial_cache = self._plan.new_cache(rows), None
-        self._rows = rows
+        self._rows, self._descent = rows, None
         self.flat.changed()
         try:
             self._refresh()
@@ -154,7 +177,10 @@ class FusedCudaObjective(FusedModelObjective):
             self._refresh()
 
     def _refresh(self) -> None:
-        self._values = self._all_values()
+        if self._fixed and self._values is not None and self._values is not self.flat.buffer:
+            self._values.copy_(self._all_values())  # stays where a captured graph reads it
+        else:
+            self._values = self._all_values()
         self._loss = self._plan.refresh(self._cache, self._values, self._rows)
 
     def _all_values(self) -> Tensor:

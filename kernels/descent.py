@@ -1,0 +1,96 @@
+"""The serial loop on the device: evaluate a block, accept its first lower point, refresh, go on."""
+
+import torch
+from psfast.kernels import losses as kernel
+from psfast.kernels.plan import Cache, Rows, TransformerPlan
+from torch import Tensor
+
+CAPACITY = 4096  # trial points that the device holds at a time
+_PROGRAMS = 128  # about as many as a large GPU runs at once: what a block should fill
+_ROUND = 8  # blocks between two looks at the state
+
+
+class DescentLoop:
+    """One block of a descent, on a GPU captured as a CUDA graph, and the loop around it.
+
+    plan, cache, params, rows: as of ``TransformerPlan.losses``. The graph reads and writes them
+    where they are now: with other ones another loop is needed.
+    """
+
+    def __init__(self, plan: TransformerPlan, cache: Cache, params: Tensor, rows: Rows):
+        self.plan, self.cache, self.params, self.rows = plan, cache, params, rows
+        device = params.device
+        self._block = min(32, max(4, _PROGRAMS // rows.groups))
+
+        def empty(size: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self._index, self._delta = empty(CAPACITY, torch.int64), empty(CAPACITY, torch.float32)
+        self._losses = empty(CAPACITY, torch.float64)
+        self._places = empty(CAPACITY, torch.int64)
+        self._incumbents = empty(CAPACITY, torch.float64)
+        self._state, self._margin = empty(5, torch.int64), empty(1, torch.float64)
+        self._block_index = empty(self._block, torch.int64)
+        self._block_delta = empty(self._block, torch.float32)
+        self._partial = empty(self._block * rows.groups, torch.float32).view(-1, rows.groups)
+        self._step()  # with nothing to decide: compiles what is not compiled yet
+        self._replay = self._captured() if device.type == "cuda" else self._step
+
+    def run(
+        self, index: Tensor, delta: Tensor, margin: float, most: int
+    ) -> tuple[Tensor, list[int], list[float], int]:
+        """Descend along K trial points, or the first CAPACITY of them, from the cached incumbent.
+
+        index: (K,) int64; delta: (K,) float32 -> losses (K',) float64 on the CPU, places of the
+        accepted ones, the loss after each, trial points evaluated
+        """
+        index, delta = index[:CAPACITY], delta[:CAPACITY]
+        count, first = len(index), min(len(index), self._block)
+        self._index[:count].copy_(index)
+        self._delta[:count].copy_(delta)
+        self._block_index.zero_()[:first].copy_(index[:first])
+        self._block_delta.zero_()[:first].copy_(delta[:first])
+        self._margin.fill_(margin)
+        self._state.copy_(torch.tensor([0, 0, 0, count, most]))
+        decided = accepted = evaluated = 0
+        while decided < count and accepted < most:
+            for _ in range(_ROUND):
+                self._replay()
+            decided, accepted, evaluated, *_ = self._state.tolist()
+        losses, places = self._losses[:decided].cpu(), self._places[:accepted].tolist()
+        incumbents = self._incumbents[:accepted].tolist()
+        if accepted:  # the last one's was not yet known when it was accepted
+            incumbents[-1] = self.plan.loss(self.cache, self.rows).item()
+        return losses, places, incumbents, evaluated
+
+    def _step(self) -> None:
+        where = self.cache, self.params, self.rows
+        self.plan.differences(*where, self._block_index, self._block_delta, self._partial)
+        with torch.cuda.device_of(self.params):
+            kernel.take_first[(1,)](
+                self._index,
+                self._delta,
+                self._losses,
+                self._places,
+                self._incumbents,
+                self._state,
+                self._margin,
+                self._block_index,
+                self._block_delta,
+                self.params,
+                self.cache.summed,
+                self._partial,
+                self._block,
+                self.rows.groups,
+                float(self.rows.count),
+                BLOCK=1 << (self._block - 1).bit_length(),
+                num_warps=1,
+            )
+        self.plan.fill(*where)
+
+    def _captured(self):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device_of(self.params), torch.cuda.graph(graph):
+            self._step()
+        self._scratch = self.plan.scratch  # that the graph writes to, whatever comes after it
+        return graph.replay

@@ -1,0 +1,99 @@
+"""What becomes of the differences that ``transformer.evaluate`` stores: losses, and decisions.
+
+All sums are in float64 and in a fixed order: no atomics, so every result is deterministic.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sums(incumbent_ptr, partial_ptr, k, inside, groups, BLOCK: tl.constexpr):
+    """The incumbent's summed loss, and what trial points k (BLOCK,) change of it."""
+    incumbent = tl.full((BLOCK,), 0.0, tl.float64)
+    change = tl.full((BLOCK,), 0.0, tl.float64)
+    for group in range(groups):
+        incumbent += tl.load(incumbent_ptr + group)
+        at = partial_ptr + k.to(tl.int64) * groups + group
+        change += tl.load(at, mask=inside, other=0.0).to(tl.float64)
+    return incumbent, change
+
+
+@triton.jit(do_not_specialize=["K", "groups"])
+def reduce_losses(
+    incumbent_ptr,  # (groups,) float64: summed loss of the incumbent
+    partial_ptr,  # (K, groups) fp32: differences
+    loss_ptr,  # (K,) float64
+    K,
+    groups,
+    count,  # supervised rows
+    BLOCK: tl.constexpr,
+):
+    """loss[k] = (sum(incumbent) + sum(partial[k])) / count, added in float64 in group order."""
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = k < K
+    incumbent, change = _sums(incumbent_ptr, partial_ptr, k, inside, groups, BLOCK)
+    tl.store(loss_ptr + k, (incumbent + change) / count, mask=inside)
+
+
+@triton.jit(do_not_specialize=["K", "groups"])
+def take_first(
+    index_ptr,  # (C,) int64: trial points in poll order
+    delta_ptr,  # (C,) fp32
+    losses_ptr,  # (C,) float64: of those decided
+    places_ptr,  # (C,) int64: of the accepted ones
+    incumbents_ptr,  # (C,) float64: the loss after each but the last
+    state_ptr,  # (5,) int64: decided, accepted, evaluated; how many to decide and to accept
+    margin_ptr,  # (1,) float64
+    block_index_ptr,  # (K,) int64: the block that was evaluated, then the one to evaluate next
+    block_delta_ptr,  # (K,) fp32
+    params_ptr,  # (N,) fp32
+    summed_ptr,  # (groups,) float64
+    partial_ptr,  # (K, groups) fp32
+    K,
+    groups,
+    count,
+    BLOCK: tl.constexpr,  # >= K
+):
+    """Accepts the block's first trial point that is lower by more than the margin, if one is.
+
+    For one program of one warp: it reads the state and writes it again.
+
+    Equivalent to a step of the serial loop's: losses up to the accepted one are decided, its
+    delta is added to the parameters, and the next block begins behind it. When all is decided
+    the next block holds changes by zero, which cost nothing.
+    """
+    decided = tl.load(state_ptr)
+    accepted = tl.load(state_ptr + 1)
+    evaluated = tl.load(state_ptr + 2)
+    end = tl.load(state_ptr + 3)
+    most = tl.load(state_ptr + 4)
+    k = tl.arange(0, BLOCK)
+    is_in = (k < K) & (decided + k < end) & (accepted < most)
+    incumbent, change = _sums(summed_ptr, partial_ptr, k, k < K, groups, BLOCK)
+    losses = (incumbent + change) / count
+    before = tl.sum(tl.where(k == 0, incumbent / count, 0.0), 0)
+    if accepted > 0:
+        tl.store(incumbents_ptr + accepted - 1, before)
+    is_finite = before - before == 0
+    bar = tl.where(is_finite, before - tl.load(margin_ptr), float("inf"))
+    is_lower = is_in & (losses < bar) & (losses > float("-inf"))
+    first = tl.min(tl.where(is_lower, k, BLOCK), 0)
+    tried = tl.sum(is_in.to(tl.int64), 0)
+    taken = tl.minimum(first.to(tl.int64) + 1, tried)
+    tl.store(losses_ptr + decided + k, losses, mask=k < taken)
+    if first < BLOCK:
+        place = decided + first
+        at = params_ptr + tl.load(index_ptr + place)
+        tl.store(at, tl.load(at) + tl.load(delta_ptr + place))
+        tl.store(places_ptr + accepted, place)
+        accepted += 1
+    decided += taken
+    tl.store(state_ptr, decided)
+    tl.store(state_ptr + 1, accepted)
+    tl.store(state_ptr + 2, evaluated + tried)
+    follows = (k < K) & (decided + k < end) & (accepted < most)
+    index = tl.load(index_ptr + decided + k, mask=follows, other=0)
+    delta = tl.load(delta_ptr + decided + k, mask=follows, other=0.0)
+    tl.store(block_index_ptr + k, index, mask=k < K)
+    tl.store(block_delta_ptr + k, delta, mask=k < K)

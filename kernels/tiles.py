@@ -1,0 +1,138 @@
+"""What a tile of M rows is computed with: products in the three precisions, LayerNorm, attention.
+
+Activations for products come as (hi, lo) and weights as pointers (fp32, hi, lo), of which each
+precision reads its own.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def split(a, MODE: tl.constexpr):
+    """``a`` as fp16 (hi, lo), a = hi + lo to 22 bits; the other modes take ``a`` as it is.
+
+    Beyond 65,504 hi is infinite and lo the opposite infinity, so whatever is computed from
+    them is NaN and the caller sees the overflow.
+    """
+    if MODE == "fp16x3":
+        hi = a.to(tl.float16)
+        lo = (a - hi.to(tl.float32)).to(tl.float16)
+        return hi, lo
+    else:
+        return a, a
+
+
+@triton.jit
+def dot(a, b, acc, MODE: tl.constexpr):
+    """``acc + a @ b`` of two pairs (hi, lo), the small products first."""
+    if MODE == "fp16x3":
+        acc = tl.dot(a[1], b[0], acc)
+        acc = tl.dot(a[0], b[1], acc)
+        return tl.dot(a[0], b[0], acc)
+    elif MODE == "tf32x3":
+        return tl.dot(a[0], b[0], acc, input_precision="tf32x3")
+    else:
+        return tl.dot(a[0], b[0], acc, input_precision="ieee")
+
+
+@triton.jit
+def linear(
+    a,
+    weights,
+    start,
+    acc,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """``acc + a @ w`` for w (IN, OUT), packed from ``start`` on; times SCALE in fp16x3.
+
+    ``start`` goes into the column offsets, so that the (IN, OUT) offsets depend on the loop
+    around: as loop invariants they would be hoisted and fill the registers.
+    """
+    at = (start + tl.arange(0, OUT))[None, :] + (tl.arange(0, IN) * STRIDE)[:, None]
+    if MODE == "fp16x3":
+        return dot(a, (tl.load(weights[1] + at), tl.load(weights[2] + at)), acc, MODE)
+    else:
+        w = tl.load(weights[0] + at)
+        return dot(a, (w, w), acc, MODE)
+
+
+@triton.jit
+def linear_of_norm(
+    n,
+    staged_ptr,
+    weights,
+    start,
+    acc,
+    M: tl.constexpr,
+    DP: tl.constexpr,
+    OUT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    KC: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    """``linear`` of the normalised rows (M, DP), from memory KC columns at a time if KC < DP."""
+    if KC < DP:
+        for c in range(0, DP, KC):
+            at = (c + tl.arange(0, KC))[None, :] + (tl.arange(0, M) * DP)[:, None]
+            hi = tl.load(staged_ptr + at)
+            lo = tl.load(staged_ptr + M * DP + at) if MODE == "fp16x3" else hi
+            acc = linear((hi, lo), weights, start + c * STRIDE, acc, KC, OUT, STRIDE, MODE)
+        return acc
+    else:
+        return linear(n, weights, start, acc, DP, OUT, STRIDE, MODE)
+
+
+@triton.jit
+def stage(n, staged_ptr, M: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr, MODE: tl.constexpr):
+    """Put the normalised rows where ``linear_of_norm`` finds them, if it looks in memory."""
+    if KC < DP:
+        at = (tl.arange(0, M) * DP)[:, None] + tl.arange(0, DP)[None, :]
+        tl.debug_barrier()
+        tl.store(staged_ptr + at, n[0])
+        if MODE == "fp16x3":
+            tl.store(staged_ptr + M * DP + at, n[1])
+        tl.debug_barrier()
+
+
+@triton.jit
+def layer_norm(x, weight, bias, eps, D: tl.constexpr, DP: tl.constexpr):
+    """LayerNorm of the rows of x (M, DP), of which the first D columns count."""
+    centred = x - (tl.sum(x, 1) / D)[:, None]
+    if D < DP:
+        centred = tl.where((tl.arange(0, DP) < D)[None, :], centred, 0.0)
+    variance = tl.sum(centred * centred, 1) / D
+    scale = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    return centred * scale[:, None] * weight[None, :] + bias[None, :]
+
+
+@triton.jit
+def attend(
+    q, k, v, scale, BATCH: tl.constexpr, TP: tl.constexpr, DK: tl.constexpr, MODE: tl.constexpr
+):
+    """Causal softmax attention of q, k, v (BATCH, TP, DK); scale = log2(e) / sqrt(d_k)."""
+    q, k, v = split(q, MODE), split(tl.permute(k, (0, 2, 1)), MODE), split(v, MODE)
+    scores = dot(q, k, tl.zeros((BATCH, TP, TP), tl.float32), MODE)
+    t = tl.arange(0, TP)
+    scores = tl.where((t[:, None] >= t[None, :])[None, :, :], scores, float("-inf"))
+    p = tl.exp2((scores - tl.max(scores, 2)[:, :, None]) * scale)
+    total = tl.sum(p, 2)
+    mixed = dot(split(p, MODE), v, tl.zeros((BATCH, TP, DK), tl.float32), MODE)
+    return mixed / total[:, :, None]
+
+
+@triton.jit
+def to_heads(x, S: tl.constexpr, TP: tl.constexpr, HC: tl.constexpr, DK: tl.constexpr):
+    """(S * TP, HC * DK) -> (HC * S, TP, DK)"""
+    x = tl.permute(tl.reshape(x, (S, TP, HC, DK)), (2, 0, 1, 3))
+    return tl.reshape(x, (HC * S, TP, DK))
+
+
+@triton.jit
+def from_heads(x, S: tl.constexpr, TP: tl.constexpr, HC: tl.constexpr, DK: tl.constexpr):
+    """(HC * S, TP, DK) -> (S * TP, HC * DK)"""
+    x = tl.permute(tl.reshape(x, (HC, S, TP, DK)), (1, 2, 0, 3))
+    return tl.reshape(x, (S * TP, HC * DK))
