@@ -7,7 +7,8 @@ from torch import Tensor
 
 CAPACITY = 4096  # trial points that the device holds at a time
 _PROGRAMS = 128  # about as many as a large GPU runs at once: what a block should fill
-_ROUND = 8  # blocks between two looks at the state
+_ROUND = 8  # replays between two looks at the state
+_INTERPRETED_BLOCK = 4  # where a program costs what it costs
 
 
 class DescentLoop:
@@ -20,7 +21,10 @@ class DescentLoop:
     def __init__(self, plan: TransformerPlan, cache: Cache, params: Tensor, rows: Rows):
         self.plan, self.cache, self.params, self.rows = plan, cache, params, rows
         device = params.device
-        self._block = min(32, max(4, _PROGRAMS // rows.groups))
+        is_on_gpu = device.type == "cuda"
+        filling = min(32, max(4, _PROGRAMS // rows.groups))
+        self._block = filling if is_on_gpu else _INTERPRETED_BLOCK
+        self._round = _ROUND if is_on_gpu else 1
 
         def empty(size: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
@@ -34,7 +38,7 @@ class DescentLoop:
         self._block_delta = empty(self._block, torch.float32)
         self._partial = empty(self._block * rows.groups, torch.float32).view(-1, rows.groups)
         self._step()  # with nothing to decide: compiles what is not compiled yet
-        self._replay = self._captured() if device.type == "cuda" else self._step
+        self._replay = self._captured() if is_on_gpu else self._step
 
     def run(
         self, index: Tensor, delta: Tensor, margin: float, most: int
@@ -54,7 +58,7 @@ class DescentLoop:
         self._state.copy_(torch.tensor([0, 0, 0, count, most]))
         decided = accepted = evaluated = 0
         while decided < count and accepted < most:
-            for _ in range(_ROUND):
+            for _ in range(self._round):
                 self._replay()
             decided, accepted, evaluated, *_ = self._state.tolist()
         losses, places = self._losses[:decided].cpu(), self._places[:accepted].tolist()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from psfast.kernels import descent, plan
+from psfast.kernels import plan
 
 import psfast
 from psfast.objectives.fused_cuda import FusedCudaObjective
@@ -187,9 +187,7 @@ def serial_descent(objective, index, delta, margin, most):
 
 
 @pytest.mark.parametrize("frozen, margin, most", [(False, 2e-3, 99), (True, 0.0, 3)])
-def test_a_descent_is_the_serial_loop(monkeypatch, frozen, margin, most):
-    monkeypatch.setattr(descent, "_PROGRAMS", 12)  # blocks of 4: the interpreter is slow
-    monkeypatch.setattr(descent, "_ROUND", 2)
+def test_a_descent_is_the_serial_loop(frozen, margin, most):
     twins = []
     for _ in range(2):
         model, *rest = problem(**SIZES["three tiles"])
