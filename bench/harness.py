@@ -199,21 +199,23 @@ def agreement(objective: Objective, exact: Objective, count: int = 96) -> float:
 
 def machine() -> dict[str, str]:
     """What a row says of where it was measured."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
+    changed = _git("status", "--porcelain", "--", ".", ":!bench/results")
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": (_git("describe", "--always") or "unknown") + ("-dirty" if changed else ""),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "psfast": psfast.__version__,
     }
+
+
+def _git(*arguments: str) -> str:
+    where = Path(__file__).parents[1]
+    return subprocess.run(
+        ["git", *arguments], cwd=where, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def _cpu() -> str:

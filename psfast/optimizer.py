@@ -97,8 +97,8 @@ class PatternSearch(torch.optim.Optimizer):
         line, before the first poll and after every failed one (Moré & Wild 2011).
     min_radius: below it, a radius counts as converged; when all are, ``step`` is free
     max_evaluations: most trial points decided in one step; None: until accepted or failed
-    max_accepts: changes accepted in one step. Where many trial points are lower, as in early
-        training, 100 say cost far less together than in a step each, and are the same ones.
+    max_accepts: changes accepted in one step, on its one batch and dropout mask. Where many trial
+        points are lower, as in early training, 100 cost far less so than in a step each.
     block_size: trial points evaluated together; None adapts. With "first" it changes the
         speed only, never a decision.
     seed: of the poll order and the dropout masks
