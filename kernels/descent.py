@@ -26,17 +26,17 @@ class DescentLoop:
         self._block = filling if is_on_gpu else _INTERPRETED_BLOCK
         self._round = _ROUND if is_on_gpu else 1
 
-        def empty(size: int, dtype: torch.dtype) -> Tensor:
+        def zeros(size: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
-        self._index, self._delta = empty(CAPACITY, torch.int64), empty(CAPACITY, torch.float32)
-        self._losses = empty(CAPACITY, torch.float64)
-        self._places = empty(CAPACITY, torch.int64)
-        self._incumbents = empty(CAPACITY, torch.float64)
-        self._state, self._margin = empty(5, torch.int64), empty(1, torch.float64)
-        self._block_index = empty(self._block, torch.int64)
-        self._block_delta = empty(self._block, torch.float32)
-        self._partial = empty(self._block * rows.groups, torch.float32).view(-1, rows.groups)
+        self._index, self._delta = zeros(CAPACITY, torch.int64), zeros(CAPACITY, torch.float32)
+        self._losses = zeros(CAPACITY, torch.float64)
+        self._places = zeros(CAPACITY, torch.int64)
+        self._incumbents = zeros(CAPACITY, torch.float64)
+        self._state, self._margin = zeros(5, torch.int64), zeros(1, torch.float64)
+        self._block_index = zeros(self._block, torch.int64)
+        self._block_delta = zeros(self._block, torch.float32)
+        self._partial = zeros(self._block * rows.groups, torch.float32).view(-1, rows.groups)
         self._step()  # with nothing to decide: compiles what is not compiled yet
         self._replay = self._captured() if is_on_gpu else self._step
 

@@ -134,7 +134,7 @@ class FusedCudaObjective(FusedModelObjective):
             positions=self._kernels.padded_positions(inputs.shape[1]),
             dropout=dropout > 0,
         )
-        new = self._plan is None or self._plan.sizes != sizes
+        new = self._plan is None or (self._plan.sizes, self._plan.device) != (sizes, inputs.device)
         if new:
             capability = _capability(inputs.device)
             config = self._kernels.choose_config(sizes, capability, self.precision)
@@ -146,7 +146,7 @@ class FusedCudaObjective(FusedModelObjective):
             self._plan = self._kernels.TransformerPlan(
                 self.model, self.params, sizes, config, self.precision
             )
-            self._cache = None
+            self._cache = self._values = None
         masks = self._masks(inputs.shape, dropout) if dropout > 0 else None
         scored = torch.where(targets == self.criterion.ignore_index, -1, targets)
         rows = self._plan.rows(inputs, scored, masks, dropout)
