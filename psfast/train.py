@@ -16,16 +16,15 @@ def train(config) -> None:
     from lightning.pytorch.loggers import CSVLogger
     from omegaconf import OmegaConf
 
-    from psfast.checks import check_count, check_number
-    from psfast.lightning import (
+    from psfast.callbacks import (
         AcceptanceByTensor,
         KeptByCheckpoint,
-        PatternSearchMixin,
         RunSummary,
         finish_wandb,
-        refuse_what_cannot_work,
         write_summary,
     )
+    from psfast.checks import check_count, check_number
+    from psfast.lightning import PatternSearchMixin, refuse_what_cannot_work
 
     for not_of_use in (".*does not have many workers.*", ".*LeafSpec.*is deprecated.*"):
         warnings.filterwarnings("ignore", message=not_of_use)

@@ -13,14 +13,13 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torchmetrics import MeanMetric  # noqa: E402
 
 import psfast  # noqa: E402
+from psfast.callbacks import LastCheckpoint, RunSummary  # noqa: E402
 from psfast.data import StateTrackingDataset  # noqa: E402
 from psfast.lightning import (  # noqa: E402
     GradientTask,
-    LastCheckpoint,
     PatternSearchMixin,
     PatternSearchTask,
     PatternSearchTransformer,
-    RunSummary,
     StateTrackingDataModule,
 )
 
