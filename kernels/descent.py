@@ -15,11 +15,12 @@ class DescentLoop:
     """One block of a descent, on a GPU captured as a CUDA graph, and the loop around it.
 
     plan, cache, params, rows: as of ``TransformerPlan.losses``. The graph reads and writes them
-    where they are now: with other ones another loop is needed.
+    where they are now: with other ones (``parts`` has these) another loop is needed.
     """
 
     def __init__(self, plan: TransformerPlan, cache: Cache, params: Tensor, rows: Rows):
-        self.plan, self.cache, self.params, self.rows = plan, cache, params, rows
+        self.parts = plan, cache, params, rows
+        self.plan, self.cache, self.params, self.rows = self.parts
         device = params.device
         is_on_gpu = device.type == "cuda"
         filling = min(32, max(4, _PROGRAMS // rows.groups))

@@ -130,6 +130,15 @@ class Rows(NamedTuple):
     count: float
     groups: int
 
+    def take_over(self, other: "Rows") -> bool:
+        """Become another batch in place, where a captured graph reads it; False if it differs
+        in more than what the tensors hold."""
+        if self[2:] != other[2:] or self.keep.shape != other.keep.shape:
+            return False
+        self.about.copy_(other.about)
+        self.keep.copy_(other.keep)
+        return True
+
 
 class Cache(NamedTuple):
     """What the starts of trial points read, computed by the kernel at one set of parameters."""

@@ -209,9 +209,16 @@ def test_a_descent_is_the_serial_loop(frozen, margin, most):
     assert loop().item() == serial().item()
     again = loop.descend(index[:5], delta[:5], incumbent=before, margin=9.0, most=1, gap=2.0)
     assert again.places == [] and len(again.losses) == 5
-    few = serial.losses(index[:5], delta[:5])
+    few, kept = serial.losses(index[:5], delta[:5]), loop._descent
     torch.testing.assert_close(again.losses, few, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(loop.flat.buffer, serial.flat.buffer)
+    for twin in twins:  # another batch of the same shape
+        twin.set_batch(twin.inputs.flip(0), twin.targets.flip(0), seed=4)
+    index, delta = index[8:14], delta[8:14]
+    expected = serial_descent(serial, index, delta, 0.0, 2)
+    found = loop.descend(index, delta, incumbent=loop().item(), margin=0.0, most=2, gap=2.0)
+    assert loop._descent is kept
+    assert (found.losses.tolist(), found.places, found.incumbents) == expected
 
 
 def test_another_batch_another_mask_and_no_dropout():

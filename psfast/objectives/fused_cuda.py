@@ -1,5 +1,6 @@
 """A decoder-only transformer's loss on a GPU, from trial point to loss in one Triton kernel."""
 
+import operator
 import os
 
 import torch
@@ -61,7 +62,8 @@ class FusedCudaObjective(FusedModelObjective):
         self._kernels, self._descents, self._errors = plan, descent, TritonError
         self.inputs, self.targets = inputs, targets
         self._watch = Watch(model, self.params)
-        self._plan = self._cache = self._trial_cache = self._values = self._descent = None
+        self._plan = self._rows = self._cache = self._trial_cache = self._values = None
+        self._descent = None
         self._is_fresh = False
         self._prepare()
 
@@ -100,10 +102,9 @@ class FusedCudaObjective(FusedModelObjective):
         """As every objective's; a host sync serves several accepted trial points."""
         check_block(index, delta, self.flat.size)
         self._follow()
-        if self._descent is None or self._descent.params is not self._values:
-            self._descent = self._descents.DescentLoop(
-                self._plan, self._cache, self._values, self._rows
-            )
+        parts = self._plan, self._cache, self._values, self._rows
+        if self._descent is None or not all(map(operator.is_, self._descent.parts, parts)):
+            self._descent = self._descents.DescentLoop(*parts)
         device = self.flat.buffer.device
         try:
             found = self._descent.run(index.to(device), delta.to(device), margin, most)
@@ -146,7 +147,7 @@ class FusedCudaObjective(FusedModelObjective):
             self._plan = self._kernels.TransformerPlan(
                 self.model, self.params, sizes, config, self.precision
             )
-            self._cache = self._values = None
+            self._rows = self._cache = self._values = None
         masks = self._masks(inputs.shape, dropout) if dropout > 0 else None
         scored = torch.where(targets == self.criterion.ignore_index, -1, targets)
         rows = self._plan.rows(inputs, scored, masks, dropout)
@@ -155,13 +156,14 @@ class FusedCudaObjective(FusedModelObjective):
             raise ValueError(f"the cache of this batch needs {largest} > {_INT32} elements")
         if self._cache is None or rows.groups != self._rows.groups:
             self._cache, self._trial_cache = self._plan.new_cache(rows), None
-        self._rows, self._descent = rows, None
+        if self._rows is None or not self._rows.take_over(rows):
+            self._rows = rows
         self.flat.changed()
         try:
             self._refresh()
             if new:  # compile what evaluates blocks now, not in the middle of a poll
                 zero = torch.zeros(1, dtype=torch.int64, device=inputs.device)
-                self._plan.losses(self._cache, self._values, rows, zero, zero.float())
+                self._plan.losses(self._cache, self._values, self._rows, zero, zero.float())
         except self._errors as error:
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"the kernels do not run on this device: {reason}") from error
