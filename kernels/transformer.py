@@ -328,8 +328,8 @@ def evaluate(
                             if CACHE:
                                 hidden_at = (column_0 + HIDDEN + f_cols)[None, :] * R
                                 tl.store(columns_ptr + hidden_at + rows[:, None], hidden)
-                            # Not tl.maximum, which would turn a NaN into zero.
-                            hidden = split(tl.where(hidden < 0, 0.0, hidden), MODE)
+                            hidden = tl.maximum(hidden, 0.0, tl.PropagateNan.ALL)
+                            hidden = split(hidden, MODE)
                             w_at = base + W2 + f * DP
                             acc = linear(hidden, weights, w_at, acc, FC, DP, DP, MODE)
                         acc = acc * INV + tl.load(w_ptr + base + B2 + cols)[None, :]
@@ -354,20 +354,23 @@ def evaluate(
                 total = tl.zeros((M,), tl.float32)
                 picked = tl.zeros((M,), tl.float32)
                 is_head = (kind == HEAD_WEIGHT) | (kind == HEAD_BIAS)
+                # Compared without `start`: with it, ptxas would compare 64 bits.
+                v_cols = tl.arange(0, VC)
                 for start in range(0, VP, VC):
                     w_at = tail + 2 * DP + start
                     z = tl.zeros((M, VC), tl.float32)
                     z = linear_of_norm(n, staged, weights, w_at, z, M, DP, VC, VP, KC, MODE)
-                    v_cols = start + tl.arange(0, VC)
-                    z = z * INV + tl.load(w_ptr + tail + 2 * DP + DP * VP + v_cols)[None, :]
-                    if not CACHE:
-                        z += tl.where((is_head & (v_cols == row))[None, :], u[:, None], 0.0)
-                    z = tl.where((v_cols < V)[None, :], z, float("-inf"))
+                    bias = tl.load(w_ptr + w_at + DP * VP + v_cols)
+                    # Padded columns of the weight are zero, so their logits are this.
+                    z = z * INV + tl.where(v_cols < V - start, bias, float("-inf"))[None, :]
+                    if is_head:
+                        z += tl.where((v_cols == row - start)[None, :], u[:, None], 0.0)
                     higher = tl.maximum(top, tl.max(z, 1))
                     total = total * tl.exp2((top - higher) * LOG2E)
                     total += tl.sum(tl.exp2((z - higher[:, None]) * LOG2E), 1)
                     top = higher
-                    picked += tl.sum(tl.where(v_cols[None, :] == scored[:, None], z, 0.0), 1)
+                    here = v_cols[None, :] == (scored - start)[:, None]
+                    picked += tl.sum(tl.where(here, z, 0.0), 1)
                 nll = (top - picked) + tl.log(total)
 
                 # 5. One number out.
