@@ -235,6 +235,8 @@ class PatternSearch(torch.optim.Optimizer):
                 break
             if is_stale:
                 self._evaluate_incumbent(objective)
+                is_stale = False
+            radius = max(radius, self.radius)
             index, sign = self._rule.block(self._poll, size)
             delta = sign * self._radius_of(index)
             if descends:

@@ -543,6 +543,8 @@ def test_step_needs_a_closure():
         ({"min_radius": -1.0}, ValueError, "min_radius must be >= 0.0"),
         ({"max_evaluations": 0}, ValueError, "max_evaluations must be >= 1, got 0"),
         ({"block_size": 1.5}, TypeError, "block_size must be an integer"),
+        ({"max_accepts": 0}, ValueError, "max_accepts must be"),
+        ({"max_accepts": None}, TypeError, "max_accepts must be an integer"),
         ({"acceptance": "worst"}, ValueError, "acceptance must be one of 'first'.*'worst'"),
         ({"seed": None, "radius": None}, TypeError, "radius must be a number"),
     ],
