@@ -23,7 +23,14 @@ if DRY:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 import torch  # noqa: E402
-from harness import RESULTS, SIZES, ForcedOutcomes, machine, poll_block  # noqa: E402
+from harness import (  # noqa: E402
+    RESULTS,
+    SIZES,
+    ForcedOutcomes,
+    machine,
+    poll_block,
+    run_points,
+)
 
 import psfast  # noqa: E402
 from psfast.flat import FlatParameters  # noqa: E402
@@ -222,10 +229,10 @@ def complete_poll(run: Run, objective, size: str, batch: int, backend: str) -> N
     """Nothing improves; all 2N trial points, or as many as the budget allows."""
     total = 2 * objective.flat.size
     forced = Synchronized(objective, 0.0)
+    optimizer = psfast.PatternSearch(objective.params, radius=0.1)  # goes on where it was
 
     def piece(count: int) -> float:
-        optimizer = psfast.PatternSearch(objective.params, radius=0.1, max_evaluations=count)
-        return seconds_of(lambda: optimizer.step(forced))
+        return seconds_of(lambda: run_points(optimizer, forced, count))
 
     count = affordable(piece, total)
     seconds = piece(count) / count

@@ -127,7 +127,7 @@ def failing_reference_poll(model, loss, count: int):
     return run
 
 
-_PERIOD, _LARGEST_BLOCK = 1 << 16, 1 << 14
+_PERIOD, _LARGEST_BLOCK = 1 << 16, 1 << 16
 _UNIFORM = torch.rand(_PERIOD, generator=torch.Generator().manual_seed(1)).tolist()
 
 
@@ -151,7 +151,8 @@ class ForcedOutcomes(Objective):
 
     def __init__(self, inner: Objective, probability: float):
         super().__init__(inner.params)
-        self.inner, self.probability, self.overhead = inner, probability, inner.overhead
+        self.inner, self.probability = inner, probability
+        self.overhead, self.at_once = inner.overhead, inner.at_once
         self.position, self.level = 0, 0.0
         self._improves = [forced(k, probability) for k in range(_PERIOD + _LARGEST_BLOCK)]
         self._changes = 1.0 - 2.0 * torch.tensor(self._improves, dtype=torch.float64)

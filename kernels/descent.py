@@ -2,11 +2,10 @@
 
 import torch
 from psfast.kernels import losses as kernel
-from psfast.kernels.plan import Cache, Rows, TransformerPlan
+from psfast.kernels.plan import PROGRAMS, Cache, Rows, TransformerPlan
 from torch import Tensor
 
 CAPACITY = 4096  # trial points that the device holds at a time
-_PROGRAMS = 128  # about as many as a large GPU runs at once: what a block should fill
 _ROUND = 8  # replays between two looks at the state
 _INTERPRETED_BLOCK = 4  # where a program costs what it costs
 
@@ -23,7 +22,7 @@ class DescentLoop:
         self.plan, self.cache, self.params, self.rows = self.parts
         device = params.device
         is_on_gpu = device.type == "cuda"
-        filling = min(32, max(4, _PROGRAMS // rows.groups))
+        filling = min(32, max(4, PROGRAMS // rows.groups))
         self._block = filling if is_on_gpu else _INTERPRETED_BLOCK
         self._round = _ROUND if is_on_gpu else 1
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 MODES = ("fp16x3", "tf32x3", "fp32")
 FALLBACK = "tf32x3"  # fp16's range ends at 65,504; tf32 has that of fp32
 WEIGHT_SCALE = 64.0  # keeps the low halves of small weights out of fp16's subnormal numbers
+PROGRAMS = 128  # about as many as a large GPU runs at once
 _REPAIR_POINTS = 32
 _STAGED_BYTES = 2**25
 _END = 2**63 - 1

@@ -24,7 +24,7 @@ from psfast.polling import CompletePoll, WorkingSetPoll
 from psfast.search import Decision, PollState
 from psfast.search_simplex import SimplexGradient
 
-_LARGEST_BLOCK = 16384
+_LARGEST_BLOCK = 65536
 _LARGEST_DESCENT = 4096
 _DESCENT_GAP = 64  # trial points between two accepted ones, up to which objectives may descend
 _BEST_BLOCK = 256
@@ -375,7 +375,8 @@ class PatternSearch(torch.optim.Optimizer):
         timely = max(1, int(_BLOCK_SECONDS / self._seconds_per_point))
         if descends:
             return min(left, timely, _LARGEST_DESCENT)
-        return min(left, timely, _LARGEST_BLOCK, search.block_size(poll, objective.overhead))
+        size = search.block_size(poll, objective.overhead, objective.at_once)
+        return min(left, timely, _LARGEST_BLOCK, size)
 
     def _radius_of(self, index: Tensor) -> float | Tensor:
         """The radius of all coordinates, or (K,) of each where the groups' differ."""

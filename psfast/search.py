@@ -279,17 +279,18 @@ def comparable(loss: float | None) -> float:
     return math.inf if loss is None or not math.isfinite(loss) else loss
 
 
-def block_size(state: PollState, overhead: float = 8.0) -> int:
+def block_size(state: PollState, overhead: float = 8.0, at_once: int = 1) -> int:
     """How many trial points to evaluate next: few while much improves, many while nothing does.
 
     overhead: what a block costs beside its trial points, in trial points
+    at_once: trial points that take no longer than one
 
     Half of a block that succeeds is thrown away, so with acceptance probability p about
-    sqrt(2 overhead / p) trial points cost least, and no more than about 1/p; while nothing
-    improves, blocks grow with the number of failures.
+    sqrt(2 overhead / p) trial points cost least, and no more than about 1/p. While nothing
+    improves, blocks grow with the number of failures; many times 1/p of them say that p is less.
     """
-    gap = state.mean_gap
-    return max(1, round(min(0.8 * gap, math.sqrt(2.0 * overhead * gap))), state.tried // 4)
+    gap = state.tried if state.tried > 8 * state.mean_gap else state.mean_gap
+    return max(at_once, round(min(0.8 * gap, math.sqrt(2.0 * overhead * gap))), state.tried // 4)
 
 
 def advance(state: PollState, decision: Decision, total: int) -> tuple[PollState, bool]:

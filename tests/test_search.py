@@ -144,6 +144,17 @@ def test_blocks_shrink_with_the_gap_between_successes():
     assert sizes == [1, 2, 20, 126]
 
 
+def test_blocks_suit_the_machine():
+    """Where a block costs as much as thousands of trial points, a failing poll has few."""
+    state, sizes = PollState(incumbent=1.0), []
+    while state.tried < 242_892:
+        sizes.append(block_size(state, overhead=4096.0, at_once=128))
+        failed = first_improvement(torch.full((sizes[-1],), 2.0), 1.0)
+        state, _ = advance(state, failed, 10**6)
+    assert sizes[0] == 128 and len(sizes) < 20
+    assert block_size(PollState(mean_gap=2.5, tried=3), at_once=32) == 32
+
+
 def test_the_bar_is_the_incumbents_loss_unless_more_is_asked():
     assert acceptance_bar(5.1, acceptance_margin(0.3, 0.0, 0.0)) == 5.1
     margin = acceptance_margin(0.5, 0.1, 0.25)

@@ -36,6 +36,7 @@ class Objective:
     why_not: backend -> the reason it does not serve here
     overhead: what a block costs beside its trial points, about, in trial points; from it the
         search finds the block size that suits how often trial points are accepted
+    at_once: trial points that take no longer than one
     descends: whether it has ``descend``
     keeps_losses: whether an accepted trial point's loss is, to the bit, the incumbent's from then
         on; where it is not, the search asks for the latter
@@ -46,6 +47,7 @@ class Objective:
 
     backend: str
     overhead = 8.0
+    at_once = 1
     descends = False
     keeps_losses = False
     _has_looked: bool | None = None  # None: outside of ``undisturbed``
