@@ -18,7 +18,9 @@ from harness import (
     serial_accepts,
     serial_loop,
     serial_search,
+    set_values,
     state_tracking,
+    values_of,
 )
 from work import complete_poll_flops
 
@@ -90,16 +92,6 @@ def points_of(backend, size, batch, regime, quick):
     return min(points, most[regime])
 
 
-def values_of(params):
-    return [p.detach().clone() for p in params]
-
-
-@torch.no_grad()
-def set_values(params, values):
-    for p, value in zip(params, values, strict=True):
-        p.copy_(value)
-
-
 def search_from_start(objective, values, points) -> float:
     """Seconds of a real search's first trial points."""
     set_values(objective.params, values)
@@ -119,7 +111,9 @@ def serial_search_from_start(closure, flat, values, block) -> float:
     """The same trial points in the clean serial loop."""
     set_values(flat.params, values)
     started = time.perf_counter()
-    accepted = serial_search(closure, flat, *block)
+    with torch.no_grad():
+        bar = closure().item()
+    accepted = serial_search(closure, flat, *block, bar)
     seconds = time.perf_counter() - started
     assert 0.3 < accepted / len(block[0]) < 0.6
     return seconds

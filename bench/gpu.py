@@ -30,6 +30,8 @@ from harness import (  # noqa: E402
     machine,
     poll_block,
     run_points,
+    set_values,
+    values_of,
 )
 
 import psfast  # noqa: E402
@@ -298,7 +300,7 @@ def with_accepts(run: Run, objective, size, batch, backend, probability: float) 
 
 def start_of_training(run: Run, objective, size: str, batch: int, backend: str) -> None:
     """Real decisions from a fresh model on, 100 changes a step; about 0.4 are lower."""
-    values = [p.detach().clone() for p in objective.params]
+    values = values_of(objective.params)
     optimizer = psfast.PatternSearch(objective.params, radius=0.1, max_accepts=4 if DRY else 100)
     optimizer.step(objective)  # compiles and captures what only this needs
     first, accepts = optimizer.evaluations, 0
@@ -312,9 +314,7 @@ def start_of_training(run: Run, objective, size: str, batch: int, backend: str) 
     synchronize()
     seconds = time.perf_counter() - started
     points = optimizer.evaluations - first
-    with torch.no_grad():  # as the other measurements expect it
-        for p, value in zip(objective.params, values, strict=True):
-            p.copy_(value)
+    set_values(objective.params, values)  # as the other measurements expect them
     run.row(
         size,
         batch,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import psfast
 from psfast.objectives.base import Objective
+from psfast.optimizer import _LARGEST_BLOCK
 from psfast.search import coordinates, poll_order
 
 RESULTS = Path(__file__).parent / "results"
@@ -43,18 +44,9 @@ def poll_block(flat, start: int, count: int, radius: float = 0.1) -> tuple[Tenso
 
 
 def serial_loop(closure, flat, index: Tensor, delta: Tensor) -> None:
-    """The clean serial loop: no_grad, change in place, evaluate, compare, restore the value.
-
-    Nothing is lower than the bar of 0, so nothing is accepted.
-    """
-    buffer = flat.buffer
-    with torch.no_grad():
-        for i, d in zip(index.tolist(), delta.tolist(), strict=True):
-            saved = buffer[i].item()
-            buffer[i] = saved + d
-            if closure().item() < 0.0:
-                raise AssertionError("a cross-entropy below 0")
-            buffer[i] = saved
+    """The clean serial loop where nothing is accepted: nothing is lower than the bar of 0."""
+    if serial_search(closure, flat, index, delta, bar=0.0):
+        raise AssertionError("a cross-entropy below 0")
 
 
 def serial_accepts(closure, flat, points, accepted) -> None:
@@ -70,20 +62,33 @@ def serial_accepts(closure, flat, points, accepted) -> None:
                 buffer[i] = saved
 
 
-def serial_search(closure, flat, index: Tensor, delta: Tensor) -> int:
-    """The clean serial loop where what lowers the loss is kept; how many trial points did."""
+def serial_search(closure, flat, index: Tensor, delta: Tensor, bar: float) -> int:
+    """The clean serial loop: no_grad, change in place, evaluate, compare, keep or restore it.
+
+    bar: a loss below it is kept and becomes the bar. Returns how many were kept.
+    """
     buffer, accepted = flat.buffer, 0
     with torch.no_grad():
-        best = closure().item()
         for i, d in zip(index.tolist(), delta.tolist(), strict=True):
             saved = buffer[i].item()
             buffer[i] = saved + d
             loss = closure().item()
-            if loss < best:
-                best, accepted = loss, accepted + 1
+            if loss < bar:
+                bar, accepted = loss, accepted + 1
             else:
                 buffer[i] = saved
     return accepted
+
+
+def values_of(params) -> list[Tensor]:
+    return [p.detach().clone() for p in params]
+
+
+@torch.no_grad()
+def set_values(params, values: list[Tensor]) -> None:
+    """Go back to ``values_of`` these parameters."""
+    for p, value in zip(params, values, strict=True):
+        p.copy_(value)
 
 
 class Interrupted(Exception):
@@ -127,7 +132,7 @@ def failing_reference_poll(model, loss, count: int):
     return run
 
 
-_PERIOD, _LARGEST_BLOCK = 1 << 16, 1 << 16
+_PERIOD = 1 << 16
 _UNIFORM = torch.rand(_PERIOD, generator=torch.Generator().manual_seed(1)).tolist()
 
 

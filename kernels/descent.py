@@ -46,7 +46,7 @@ class DescentLoop:
         """Descend along K trial points, or the first CAPACITY of them, from the cached incumbent.
 
         index: (K,) int64; delta: (K,) float32 -> losses (K',) float64 on the CPU, places of the
-        accepted ones, the loss after each, trial points evaluated
+        accepted ones, the loss after each but the last, trial points evaluated
         """
         index, delta = index[:CAPACITY], delta[:CAPACITY]
         count, first = len(index), min(len(index), self._block)
@@ -62,9 +62,8 @@ class DescentLoop:
                 self._replay()
             decided, accepted, evaluated, *_ = self._state.tolist()
         losses, places = self._losses[:decided].cpu(), self._places[:accepted].tolist()
-        incumbents = self._incumbents[:accepted].tolist()
-        if accepted:  # the last one's was not yet known when it was accepted
-            incumbents[-1] = self.plan.loss(self.cache, self.rows).item()
+        # Each block notes the loss that the one before it came to.
+        incumbents = self._incumbents[: max(0, accepted - 1)].tolist()
         return losses, places, incumbents, evaluated
 
     def _step(self) -> None:

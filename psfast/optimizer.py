@@ -409,7 +409,7 @@ class PatternSearch(torch.optim.Optimizer):
         descent = objective.descend(
             index,
             delta,
-            incumbent=search.comparable(poll.incumbent),
+            incumbent=poll.incumbent,
             margin=self._margin(self.decrease),
             most=most,
             gap=poll.mean_gap,

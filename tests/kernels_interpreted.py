@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from descents import serial_descent
 from psfast.kernels import plan
 
 import psfast
@@ -169,21 +170,6 @@ def test_accept_loss_at_and_foreign_changes():
         objective.model.blocks[0].ff[0].weight.mul_(1.5)
     assert objective().item() == pytest.approx(BruteForce(objective)(), abs=2e-6)
     check(objective, index, delta)
-
-
-def serial_descent(objective, index, delta, margin, most):
-    """The same, one trial point at a time: losses of those decided, places, losses after each."""
-    losses, places, incumbents = [], [], []
-    for k in range(len(index)):
-        at = index[k : k + 1], delta[k : k + 1]
-        losses.append(objective.losses(*at).item())
-        if losses[-1] < objective().item() - margin:
-            objective.accept(*at)
-            places.append(k)
-            incumbents.append(objective().item())
-            if len(places) == most:
-                break
-    return losses, places, incumbents
 
 
 @pytest.mark.parametrize("frozen, margin, most", [(False, 2e-3, 99), (True, 0.0, 3)])

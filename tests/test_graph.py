@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from descents import serial_descent
 from torch import nn
 
 import psfast
@@ -71,22 +72,15 @@ def test_stops_in_the_round_of_the_first_improvement(monkeypatch):
 def test_descend_is_the_serial_loop(margin, most):
     serial, graph = twins()
     index, delta = block(serial, 60)
-    losses, places, best = [], [], serial().item()
-    for k in range(60):
-        losses.append(serial.losses(index[k : k + 1], delta[k : k + 1]).item())
-        if losses[-1] < best - margin:
-            best = losses[-1]
-            places.append(k)
-            serial.accept(index[k : k + 1], delta[k : k + 1])
-            if len(places) == most:
-                break
+    losses, places, incumbents = serial_descent(serial, index, delta, margin, most)
+    assert incumbents == [losses[place] for place in places]
     found = graph.descend(index, delta, incumbent=graph().item(), margin=margin, most=most, gap=1.0)
     assert len(places) > 3
     assert found.places == places and found.losses.tolist() == losses
-    assert found.incumbents == [losses[place] for place in places]
+    assert found.incumbents == incumbents
     assert len(losses) <= found.evaluated <= 60
     assert torch.equal(graph.flat.buffer, serial.flat.buffer)
-    assert graph().item() == best
+    assert graph().item() == incumbents[-1]
 
 
 def test_a_descent_takes_what_the_device_holds(monkeypatch):
@@ -106,7 +100,7 @@ def test_what_is_not_finite_is_never_kept():
     assert found.places == [2] and weight.tolist() == [2.0, 2.0]
 
 
-def test_an_exception_in_a_descent_keeps_what_was_accepted():
+def failing_beyond_2():
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
 
     def closure():
@@ -114,6 +108,11 @@ def test_an_exception_in_a_descent_keeps_what_was_accepted():
             raise ArithmeticError("no")
         return weight.square().sum()
 
+    return weight, closure
+
+
+def test_an_exception_in_a_descent_keeps_what_was_accepted():
+    weight, closure = failing_beyond_2()
     graph = GraphObjective(closure, [weight], capture=False)
     other = SerialObjective(closure, [weight])
     index, delta = torch.tensor([0, 1]), torch.tensor([-0.5, 0.5])
@@ -124,13 +123,7 @@ def test_an_exception_in_a_descent_keeps_what_was_accepted():
 
 
 def test_an_exception_leaves_the_incumbent():
-    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
-
-    def closure():
-        if weight[1] > 2:
-            raise ArithmeticError("no")
-        return weight.square().sum()
-
+    weight, closure = failing_beyond_2()
     graph = GraphObjective(closure, [weight], capture=False)
     with pytest.raises(ArithmeticError):
         graph.losses(torch.tensor([0, 1]), torch.tensor([0.5, 0.5]))

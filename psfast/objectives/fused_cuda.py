@@ -112,7 +112,9 @@ class FusedCudaObjective(FusedModelObjective):
             self._descent = self._descents.DescentLoop(*parts)
         device = self.flat.buffer.device
         try:
-            found = self._descent.run(index.to(device), delta.to(device), margin, most)
+            losses, places, incumbents, evaluated = self._descent.run(
+                index.to(device), delta.to(device), margin, most
+            )
         except BaseException:
             self._is_fresh = False  # how far it came is unknown
             raise
@@ -121,7 +123,9 @@ class FusedCudaObjective(FusedModelObjective):
                 self.flat.buffer.copy_(self._values[: self.flat.size])
             self.flat.note_write()
         self._loss = self._plan.loss(self._cache, self._rows)
-        return Descent(*found)
+        if places:
+            incumbents.append(self._loss.item())
+        return Descent(losses, places, incumbents, evaluated)
 
     def _prepare(self) -> None:
         """Take up the model and the batch as they are now."""
@@ -184,7 +188,7 @@ class FusedCudaObjective(FusedModelObjective):
             self._refresh()
 
     def _refresh(self) -> None:
-        if self._fixed and self._values is not None and self._values is not self.flat.buffer:
+        if self._fixed and self._values is not None:
             self._values.copy_(self._all_values())  # stays where a captured graph reads it
         else:
             self._values = self._all_values()
