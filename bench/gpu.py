@@ -444,34 +444,36 @@ def passed(run: Run, backend: str) -> bool:
     return bool(found) and all(found)
 
 
-def tiles(run: Run, size: str, key: tuple, changes: list[dict]) -> None:
+def tiles(run: Run, size: str, kernel: str, key: tuple, changes: list[dict]) -> None:
     """Other configurations of one kernel at B = 64, each compared before it is timed.
 
-    key: of the configuration in ``plan.CONFIGS``; changes: what the others have instead. Some
-    of them spill registers: here is where it shows whether that matters.
+    kernel: "blocks" or "tail"; key: of its configuration in ``plan.BLOCKS`` or ``plan.TAILS``;
+    changes: what the others have instead. Some of them spill registers: here is where it shows
+    whether that matters.
     """
     from psfast.kernels import plan
 
+    configs = {"blocks": plan.BLOCKS, "tail": plan.TAILS}[kernel]
     batch = 2 if DRY else 64
     parts = problem(size, batch)
     usual = build("fused fp16x3", parts)
     points = poll_block(usual.flat, 0, 4 if DRY else 256)
     expected = usual.losses(*points)
-    chosen = plan.CONFIGS[key]
+    chosen = configs[key]
 
     def one(config) -> None:
-        plan.CONFIGS[key] = config
+        configs[key] = config
         try:
             objective = build("fused fp16x3", parts)
             error = (objective.losses(*points) - expected).abs().max().item()
             if not error < 1e-5:
                 raise ValueError(f"{config} is off by {error}")
-            device_time(run, objective, size, batch, f"fused {tuple(config)}")
+            device_time(run, objective, size, batch, f"{kernel} {tuple(config)}")
         finally:
-            plan.CONFIGS[key] = chosen
+            configs[key] = chosen
 
     for change in changes:
-        run.stage(f"tiles {size} {change}", one, chosen._replace(**change))
+        run.stage(f"tiles {size} {kernel} {change}", one, chosen._replace(**change))
 
 
 def table(data: dict) -> str:
@@ -563,11 +565,13 @@ def main() -> int:
                     measure(run, backend, size, batch, regimes)
     capability = 9 if DRY else min(torch.cuda.get_device_capability()[0], 9)
     if "fused fp16x3" in usable:
-        changes = [{"rows": 128, "warps": 8}, {"hidden": 64}, {"stages": 3}]
-        run.stage("tiles small", tiles, run, small, (capability, 64, 16), changes)
+        wide = {"rows": 128, "warps": 8}
+        changes = [wide, {"hidden": 64}, {"stages": 3}]
+        run.stage("tiles", tiles, run, small, "blocks", (capability, 64, 16), changes)
+        run.stage("tiles", tiles, run, small, "tail", (capability, 64), [wide])
         if not DRY:
-            changes = [{"staged": 0}, {"staged": 0, "hidden": 32, "heads": 2}]
-            run.stage("tiles medium", tiles, run, "medium", (capability, 128, 32), changes)
+            changes = [{"staged": 0}, {"staged": 0, "hidden": 32}, {"queries": 64}]
+            run.stage("tiles", tiles, run, "medium", "blocks", (capability, 128, 32), changes)
     for mode in MODES[1:]:
         if f"fused {mode}" in usable:
             measure(run, f"fused {mode}", small, batches[0], ())

@@ -1,7 +1,9 @@
 """Triton kernels and their launchers; imported as ``psfast.kernels``.
 
-Importing this package imports no Triton. ``transformer`` holds the kernel from trial points to
-differences of the loss, built of what ``tiles`` has; ``losses`` what becomes of them. ``plan`` has
-the configurations, the weights' layout and the launches, ``descent`` the serial loop on the
-device. ``python -m psfast.kernels.compile`` compiles all of them without a GPU.
+Importing this package imports no Triton. A trial point goes through ``points`` (what it changes),
+``blocks`` (from there to the end of the last attention), ``tail`` (from there to what the loss
+changes by) and ``losses`` (what becomes of that); ``tiles`` has what the two in the middle compute
+with, ``weights`` how they find the weights. ``plan`` has the configurations and the launches,
+``descent`` the serial loop on the device. ``python -m psfast.kernels.compile`` compiles all of them
+without a GPU.
 """

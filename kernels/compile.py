@@ -16,25 +16,30 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-from psfast.kernels import losses, plan, transformer
+from psfast.kernels import blocks, losses, plan, points, tail, weights
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448}
 DEFAULT_MODE = plan.MODES[0]
 _KERNELS = {
-    "evaluate": transformer.evaluate,
-    "pack": transformer.pack,
+    "blocks": blocks.run_blocks,
+    "tail": tail.run_tail,
+    "describe": points.describe,
+    "pack": weights.pack,
     "reduce_losses": losses.reduce_losses,
     "take_first": losses.take_first,
 }
 _TYPES = {
     "index_ptr": "*i64",
     "delta_ptr": "*fp32",
+    "points_ptr": "*i32",
     "hi_ptr": "*fp16",
     "lo_ptr": "*fp16",
     "table_ptr": "*i64",
     "rows_ptr": "*i32",
+    "packed_ptr": "*i32",
+    "reached_ptr": "*i8",
     "keep_ptr": "*i8",
     "map_ptr": "*i32",
     "incumbent_ptr": "*fp64",
@@ -51,7 +56,7 @@ _TYPES = {
     "inv_keep": "fp32",
     "count": "fp32",
 }
-_UNALIGNED = ("index_ptr", "delta_ptr")
+_UNALIGNED = ("index_ptr", "change_ptr", "out_ptr")
 _DIVISIBLE = ("R",)
 
 
@@ -86,26 +91,39 @@ def transformer_sizes(width: int, positions: int) -> plan.Sizes:
     return plan.Sizes(width, heads, 4 * width, 102, layers, positions, dropout=True)
 
 
-def evaluate_case(
+def blocks_case(
     capability: int, width: int, positions: int, mode: str, *, cache: bool, repair: bool
 ) -> Case:
     sizes = transformer_sizes(width, positions)
     config = plan.choose_config(sizes, capability, mode)
-    what = ("cache" if cache else "evaluate") + (" repair" if repair else "")
-    return Case(
-        f"{what} {mode} d_model {width} T <= {positions}",
-        "evaluate",
-        plan.constants(sizes, config, mode, cache=cache, repair=repair),
-        config.warps,
-        config.stages,
-        capability * 10,
-        # The cache is filled once an accept, by few programs: a spill there costs nothing.
-        mode == DEFAULT_MODE and not cache,
-    )
+    constants = plan.blocks_constants(sizes, config, mode, cache=cache, repair=repair)
+    what = f"blocks {_kind(cache, repair)}{mode} d_model {width} T <= {positions}"
+    return _case(what, "blocks", config.blocks, constants, capability)
+
+
+def tail_case(
+    capability: int, width: int, vocabulary: int, mode: str, *, cache: bool, repair: bool
+) -> Case:
+    sizes = transformer_sizes(width, 16)._replace(vocab_size=vocabulary)
+    config = plan.choose_config(sizes, capability, mode)
+    each = config.tail.rows // 2
+    constants = plan.tail_constants(sizes, config, mode, each, cache=cache, repair=repair)
+    what = f"tail {_kind(cache, repair)}{mode} d_model {width} V = {vocabulary}"
+    return _case(what, "tail", config.tail, constants, capability)
+
+
+def _kind(cache: bool, repair: bool) -> str:
+    return ("cache " if cache else "") + ("repair " if repair else "")
+
+
+def _case(name: str, function: str, cut: plan.Cut, constants: dict, capability: int) -> Case:
+    # The cache is filled once an accept, by few programs: a spill there costs nothing.
+    strict = constants["MODE"] == DEFAULT_MODE and not constants["CACHE"]
+    return Case(name, function, constants, cut.warps, cut.stages, capability * 10, strict)
 
 
 def cases() -> Iterator[Case]:
-    """All kernels that the default mode launches, and the CUDA cores' evaluate.
+    """All kernels that the default mode launches, and those of the CUDA cores.
 
     "tf32x3" itself is the repair without its test for what to repair.
     """
@@ -114,11 +132,17 @@ def cases() -> Iterator[Case]:
         yield Case("take first", "take_first", {"BLOCK": 32}, 1, 2, arch, True)
         scale = {"SCALE": plan.WEIGHT_SCALE, "BLOCK": 1024}
         yield Case("pack", "pack", scale, 4, 2, arch, True)
-    for key in plan.CONFIGS:
-        for cache in (False, True):
-            yield evaluate_case(*key, DEFAULT_MODE, cache=cache, repair=False)
-            yield evaluate_case(*key, plan.FALLBACK, cache=cache, repair=True)
-        yield evaluate_case(*key, "fp32", cache=False, repair=False)
+        sizes = transformer_sizes(64, 16)
+        config = plan.choose_config(sizes, arch // 10, DEFAULT_MODE)
+        constants = plan.describe_constants(sizes, config)
+        yield Case("describe", "describe", constants, 4, 2, arch, True)
+    tails = [(*key, V) for key in plan.TAILS for V in (102, 300)]  # at once, and in parts
+    for case, keys in ((blocks_case, plan.BLOCKS), (tail_case, tails)):
+        for key in keys:
+            for cache in (False, True):
+                yield case(*key, DEFAULT_MODE, cache=cache, repair=False)
+                yield case(*key, plan.FALLBACK, cache=cache, repair=True)
+            yield case(*key, "fp32", cache=False, repair=False)
 
 
 def compile_case(case: Case) -> Result:

@@ -36,7 +36,7 @@ class DescentLoop:
         self._state, self._margin = zeros(5, torch.int64), zeros(1, torch.float64)
         self._block_index = zeros(self._block, torch.int64)
         self._block_delta = zeros(self._block, torch.float32)
-        self._partial = zeros(self._block * rows.groups, torch.float32).view(-1, rows.groups)
+        self._partial = zeros(self._block * rows.parts, torch.float32).view(-1, rows.parts)
         self._step()  # with nothing to decide: compiles what is not compiled yet
         self._replay = self._captured() if is_on_gpu else self._step
 
@@ -84,7 +84,7 @@ class DescentLoop:
                 self.cache.summed,
                 self._partial,
                 self._block,
-                self.rows.groups,
+                self.rows.parts,
                 float(self.rows.count),
                 BLOCK=1 << (self._block - 1).bit_length(),
                 num_warps=1,

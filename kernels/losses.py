@@ -1,4 +1,4 @@
-"""What becomes of the differences that ``transformer.evaluate`` stores: losses, and decisions.
+"""What becomes of the differences that ``tail`` stores: losses, and decisions.
 
 All sums are in float64 and in a fixed order: no atomics, so every result is deterministic.
 """
@@ -8,35 +8,35 @@ import triton.language as tl
 
 
 @triton.jit
-def _sums(incumbent_ptr, partial_ptr, k, inside, groups, BLOCK: tl.constexpr):
+def _sums(incumbent_ptr, partial_ptr, k, inside, parts, BLOCK: tl.constexpr):
     """The incumbent's summed loss, and what trial points k (BLOCK,) change of it."""
     incumbent = tl.full((BLOCK,), 0.0, tl.float64)
     change = tl.full((BLOCK,), 0.0, tl.float64)
-    for group in range(groups):
-        incumbent += tl.load(incumbent_ptr + group)
-        at = partial_ptr + k.to(tl.int64) * groups + group
+    for part in range(parts):
+        incumbent += tl.load(incumbent_ptr + part)
+        at = partial_ptr + k.to(tl.int64) * parts + part
         change += tl.load(at, mask=inside, other=0.0).to(tl.float64)
     return incumbent, change
 
 
-@triton.jit(do_not_specialize=["K", "groups"])
+@triton.jit(do_not_specialize=["K", "parts"])
 def reduce_losses(
-    incumbent_ptr,  # (groups,) float64: summed loss of the incumbent
-    partial_ptr,  # (K, groups) fp32: differences
+    incumbent_ptr,  # (parts,) float64: summed loss of the incumbent
+    partial_ptr,  # (K, parts) fp32: differences
     loss_ptr,  # (K,) float64
     K,
-    groups,
+    parts,
     count,  # supervised rows
     BLOCK: tl.constexpr,
 ):
-    """loss[k] = (sum(incumbent) + sum(partial[k])) / count, added in float64 in group order."""
+    """loss[k] = (sum(incumbent) + sum(partial[k])) / count, added in float64, part by part."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = k < K
-    incumbent, change = _sums(incumbent_ptr, partial_ptr, k, inside, groups, BLOCK)
+    incumbent, change = _sums(incumbent_ptr, partial_ptr, k, inside, parts, BLOCK)
     tl.store(loss_ptr + k, (incumbent + change) / count, mask=inside)
 
 
-@triton.jit(do_not_specialize=["K", "groups"])
+@triton.jit(do_not_specialize=["K", "parts"])
 def take_first(
     index_ptr,  # (C,) int64: trial points in poll order
     delta_ptr,  # (C,) fp32
@@ -48,10 +48,10 @@ def take_first(
     block_index_ptr,  # (K,) int64: the block that was evaluated, then the one to evaluate next
     block_delta_ptr,  # (K,) fp32
     params_ptr,  # (N,) fp32
-    summed_ptr,  # (groups,) float64
-    partial_ptr,  # (K, groups) fp32
+    summed_ptr,  # (parts,) float64
+    partial_ptr,  # (K, parts) fp32
     K,
-    groups,
+    parts,
     count,
     BLOCK: tl.constexpr,  # >= K
 ):
@@ -70,7 +70,7 @@ def take_first(
     most = tl.load(state_ptr + 4)
     k = tl.arange(0, BLOCK)
     is_in = (k < K) & (decided + k < end) & (accepted < most)
-    incumbent, change = _sums(summed_ptr, partial_ptr, k, k < K, groups, BLOCK)
+    incumbent, change = _sums(summed_ptr, partial_ptr, k, k < K, parts, BLOCK)
     losses = (incumbent + change) / count
     before = tl.sum(tl.where(k == 0, incumbent / count, 0.0), 0)
     if accepted > 0:

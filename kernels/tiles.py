@@ -6,6 +6,13 @@ precision reads its own.
 
 import triton
 import triton.language as tl
+from psfast.kernels.points import weights_at
+
+
+@triton.constexpr_function
+def inverse(SCALE, MODE):
+    """Of the factor that a product of this precision comes with."""
+    return 1.0 / SCALE if MODE == "fp16x3" else 1.0
 
 
 @triton.jit
@@ -101,12 +108,66 @@ def stage(n, staged_ptr, M: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr, MO
 @triton.jit
 def layer_norm(x, weight, bias, eps, D: tl.constexpr, DP: tl.constexpr):
     """LayerNorm of the rows of x (M, DP), of which the first D columns count."""
+    return normalise(x, eps, D, DP) * weight[None, :] + bias[None, :]
+
+
+@triton.jit
+def normalise(x, eps, D: tl.constexpr, DP: tl.constexpr):
+    """LayerNorm without its weight and bias."""
     centred = x - (tl.sum(x, 1) / D)[:, None]
     if D < DP:
         centred = tl.where((tl.arange(0, DP) < D)[None, :], centred, 0.0)
     variance = tl.sum(centred * centred, 1) / D
     scale = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
-    return centred * scale[:, None] * weight[None, :] + bias[None, :]
+    return centred * scale[:, None]
+
+
+@triton.jit
+def feed_forward(
+    n,
+    staged_ptr,
+    weights,
+    base,
+    hidden_ptr,
+    rows,
+    is_row,
+    R,
+    factor,
+    M: tl.constexpr,
+    DP: tl.constexpr,
+    AP: tl.constexpr,
+    FP: tl.constexpr,
+    FC: tl.constexpr,
+    KC: tl.constexpr,
+    SCALE: tl.constexpr,
+    MODE: tl.constexpr,
+    CACHE: tl.constexpr,
+):
+    """``factor`` times a block's feed-forward of rows of which n (M, DP) is the LayerNorm, FC
+    hidden units at a time; with CACHE it stores these, ``rows`` of them, at ``hidden_ptr`` (FP, R).
+
+    base: where the block's packed weights begin
+    """
+    INV: tl.constexpr = inverse(SCALE, MODE)
+    W1: tl.constexpr = weights_at("ff1", DP, AP, FP)
+    B1: tl.constexpr = weights_at("ff1_bias", DP, AP, FP)
+    W2: tl.constexpr = weights_at("ff2", DP, AP, FP)
+    B2: tl.constexpr = weights_at("ff2_bias", DP, AP, FP)
+    acc = tl.zeros((M, DP), tl.float32)
+    for f in range(0, FP, FC):
+        hidden = tl.zeros((M, FC), tl.float32)
+        hidden = linear_of_norm(
+            n, staged_ptr, weights, base + W1 + f, hidden, M, DP, FC, FP, KC, MODE
+        )
+        columns = f + tl.arange(0, FC)
+        hidden = hidden * INV + tl.load(weights[0] + base + B1 + columns)[None, :]
+        if CACHE:
+            at = columns[None, :] * R + rows[:, None]
+            tl.store(hidden_ptr + at, hidden, mask=is_row[:, None])
+        hidden = split(tl.maximum(hidden, 0.0, tl.PropagateNan.ALL), MODE)
+        acc = linear(hidden, weights, base + W2 + f * DP, acc, FC, DP, DP, MODE)
+    bias = tl.load(weights[0] + base + B2 + tl.arange(0, DP))
+    return acc * (INV * factor) + (bias * factor)[None, :]
 
 
 @triton.jit

@@ -4,6 +4,7 @@ kernels against float64 brute force. Sizes are odd and tiny; the interpreter is 
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from descents import serial_descent
@@ -18,7 +19,20 @@ SIZES = {
     # Several tiles, d_k = 8, the vocabulary in two parts.
     "three tiles": dict(B=9, T=5, vocab_size=102, d_model=16, n_layers=1, n_heads=2, d_ff=16),
 }
+# So many supervised rows that those of one trial point fill two tiles.
+MANY_ROWS = dict(B=6, T=16, vocab_size=7, d_model=16, n_layers=2, n_heads=1, d_ff=20, ignored=0)
 WIDE = dict(B=2, T=18, vocab_size=7, d_model=132, n_layers=1, n_heads=3, d_ff=20)
+
+
+@pytest.fixture(autouse=True)
+def rows_are_alike(monkeypatch):
+    """Products whose rows have the same bits wherever they stand in a tile, as on a GPU; those of
+    NumPy, by which the interpreter computes, have not."""
+
+    def matmul(a, b, dtype):
+        return np.einsum("...ij,...jk->...ik", a, b, dtype=dtype)
+
+    monkeypatch.setattr(np, "matmul", matmul)
 
 
 def problem(B, T, *, dropout=0.1, spread=0.2, seed=0, ignored=6, **sizes):
@@ -106,9 +120,15 @@ def test_every_tensor_against_float64(sizes):
     check(objective, *points(objective, 1))
 
 
+def test_many_supervised_rows():
+    objective = FusedCudaObjective(*problem(**MANY_ROWS))
+    assert objective._rows.parts == 2
+    check(objective, *points(objective, 1))
+
+
 def test_a_wide_model_goes_through_memory():
     objective = FusedCudaObjective(*problem(**WIDE))
-    assert objective._plan.config.staged
+    assert objective._plan.config.blocks.staged and objective._plan.config.tail.staged
     index, delta = points(objective, 1)
     check(objective, index[::3], delta[::3])
 
@@ -121,11 +141,15 @@ def test_the_other_modes(mode):
     check(objective, index[::5], delta[::5])
 
 
-def test_a_loss_does_not_depend_on_its_block():
+def test_a_loss_does_not_depend_on_its_block(monkeypatch):
     objective = FusedCudaObjective(*problem(**SIZES["three tiles"]))
     index, delta = points(objective, 1)
     index, delta = index[::3], delta[::3]
     together = objective.losses(index, delta)
+    with monkeypatch.context() as patch:  # sorted, and in two launches
+        patch.setattr(plan, "_SORTED", 2)
+        patch.setattr(plan, "_BEHIND_BYTES", 4 * objective._rows.packed.shape[1] * 16 * 4)
+        assert torch.equal(together, objective.losses(index, delta))
     backwards = objective.losses(index.flip(0), delta.flip(0)).flip(0)
     assert torch.equal(together, backwards)
     assert torch.equal(together[2:3], objective.losses(index[2:3], delta[2:3]))
@@ -259,6 +283,12 @@ def test_nan_stays_in_its_trial_point():
     assert math.isnan(losses[0]) == used
     assert not math.isfinite(losses[1]) or losses[1] == objective()
     assert math.isfinite(losses[2])
+    assert torch.isnan(losses[3:]).all()
+    objective.set_batch(objective.inputs.clamp(min=1), objective.targets)
+    offset = dict(zip(objective.params, objective.flat.offsets[:-1]))  # noqa: B905
+    index[0] = offset[objective.model.token_embedding.weight]
+    losses = objective.losses(index, delta)
+    assert losses[0] == objective()  # the first token occurs no more
     assert torch.isnan(losses[3:]).all()
 
 

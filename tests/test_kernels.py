@@ -84,6 +84,24 @@ def test_on_a_gpu(precision):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("B", [4, 64])
+def test_a_loss_does_not_depend_on_its_block(B):
+    torch.manual_seed(0)
+    model = psfast.DecoderOnlyTransformer().cuda()
+    inputs = torch.randint(102, (B, 16), device="cuda")
+    targets = torch.randint(99, (B, 16), device="cuda")
+    targets[:, :8] = 100
+    objective = FusedCudaObjective(model, psfast.MaskedCrossEntropy(), inputs, targets)
+    index = torch.randint(objective.flat.size, (3000,), device="cuda")
+    delta = torch.full((3000,), 0.1, device="cuda")
+    together = objective.losses(index, delta)
+    backwards = objective.losses(index.flip(0), delta).flip(0)
+    assert torch.equal(together, backwards)
+    for some in (slice(0, 1), slice(5, 12), slice(100, 900)):
+        assert torch.equal(together[some], objective.losses(index[some], delta[some]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("B", [4, 64])
 def test_a_captured_descent_takes_the_serial_steps(B):
     runs = []
     for many in (1, 30):

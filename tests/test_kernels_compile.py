@@ -12,19 +12,19 @@ from psfast.kernels import compile as ahead_of_time
 
 
 def test_the_small_models_kernels(capsys):
-    shared = {case.name: case for case in ahead_of_time.cases() if case.function != "evaluate"}
-    chosen = list(shared.values())
+    transformers = ("blocks", "tail")
+    chosen = [case for case in ahead_of_time.cases() if case.function not in transformers]
+    kind = {"mode": "fp16x3", "cache": False, "repair": False}
     for capability in (8, 9):
-        chosen.append(
-            ahead_of_time.evaluate_case(capability, 64, 16, "fp16x3", cache=False, repair=False)
-        )
+        chosen.append(ahead_of_time.blocks_case(capability, 64, 16, **kind))
+        chosen.append(ahead_of_time.tail_case(capability, 64, 102, **kind))
     assert ahead_of_time.report(chosen) == []
     assert capsys.readouterr().out.count("sm_") == len(chosen)
 
 
 def test_what_counts_as_a_fault():
-    strict = ahead_of_time.evaluate_case(9, 64, 16, "fp16x3", cache=False, repair=False)
-    repair = ahead_of_time.evaluate_case(9, 64, 16, "tf32x3", cache=False, repair=True)
+    strict = ahead_of_time.blocks_case(9, 64, 16, "fp16x3", cache=False, repair=False)
+    repair = ahead_of_time.tail_case(9, 64, 102, "tf32x3", cache=False, repair=True)
     assert strict.strict and not repair.strict
     result = ahead_of_time.Result(255, 8, 300_000, True)
     assert [fault.split()[0] for fault in result.faults(strict)] == ["spills", "needs", "wgmma"]
@@ -32,14 +32,19 @@ def test_what_counts_as_a_fault():
     assert ahead_of_time.Result(255, 0, 232_448, False).faults(strict) == []
 
 
-def test_every_configuration_serves_its_shape():
+@pytest.mark.parametrize("n_heads, vocabulary", [(4, 102), (1, 3), (16, 300)])
+def test_every_configuration_serves_its_shape(n_heads, vocabulary):
     plan = ahead_of_time.plan
-    for capability, width, positions in plan.CONFIGS:
+    for capability, width, positions in plan.BLOCKS:
         sizes = ahead_of_time.transformer_sizes(width, positions)
+        sizes = sizes._replace(n_heads=n_heads, vocab_size=vocabulary)
         config = plan.choose_config(sizes, capability, "fp16x3")
-        constants = plan.constants(sizes, config, "fp16x3", cache=False, repair=False)
-        assert constants["M"] % positions == 0
-        assert constants["AP"] % (constants["HC"] * constants["DK"]) == 0
-        assert constants["FP"] % constants["FC"] == 0 and constants["VP"] % constants["VC"] == 0
-        assert constants["DP"] % constants["KC"] == 0
+        kind = {"mode": "fp16x3", "cache": False, "repair": False}
+        blocks = plan.blocks_constants(sizes, config, **kind)
+        tail = plan.tail_constants(sizes, config, each=4, **kind)
+        assert blocks["M"] % positions == 0
+        assert blocks["AP"] % (blocks["HC"] * blocks["DK"]) == 0
+        assert tail["M"] % tail["EACH"] == 0 and tail["VP"] % tail["VC"] == 0
+        for c in (blocks, tail):
+            assert c["FP"] % c["FC"] == 0 and c["DP"] % c["KC"] == 0
     assert plan.choose_config(ahead_of_time.transformer_sizes(64, 128), 9, "fp16x3") is None

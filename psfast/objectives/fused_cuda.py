@@ -1,4 +1,4 @@
-"""A decoder-only transformer's loss on a GPU, from trial point to loss in one Triton kernel."""
+"""A decoder-only transformer's loss on a GPU, by Triton kernels from trial point to loss."""
 
 import operator
 import os
@@ -160,10 +160,11 @@ class FusedCudaObjective(FusedModelObjective):
         masks = self._masks(inputs.shape, dropout) if dropout > 0 else None
         scored = torch.where(targets == self.criterion.ignore_index, -1, targets)
         rows = self._plan.rows(inputs, scored, masks, dropout)
-        largest = max(self._plan.cache_sizes(rows.groups).values())
+        sizes_of = self._plan.cache_sizes
+        largest = max(sizes_of(rows).values())
         if largest > _INT32:
             raise ValueError(f"the cache of this batch needs {largest} > {_INT32} elements")
-        if self._cache is None or rows.groups != self._rows.groups:
+        if self._cache is None or sizes_of(rows) != sizes_of(self._rows):
             self._cache, self._trial_cache = self._plan.new_cache(rows), None
         if self._rows is None or not self._rows.take_over(rows):
             self._rows = rows

@@ -1,0 +1,144 @@
+"""What a trial point is to the kernels: a tensor's kind and place, and what its change multiplies.
+
+``weights_at`` and ``columns_at`` say how the packed weights and the cached columns lie in memory.
+The functions take a trial point's numbers as scalars or as one of each row.
+"""
+
+import triton
+import triton.language as tl
+
+# Kinds of tensors, in pairs of weight and bias (the first pair: the two embeddings).
+TOKEN = tl.constexpr(0)
+POSITION = tl.constexpr(1)
+LN1_WEIGHT = tl.constexpr(2)
+LN1_BIAS = tl.constexpr(3)
+QKV_WEIGHT = tl.constexpr(4)
+QKV_BIAS = tl.constexpr(5)
+OUT_WEIGHT = tl.constexpr(6)
+OUT_BIAS = tl.constexpr(7)
+LN2_WEIGHT = tl.constexpr(8)
+LN2_BIAS = tl.constexpr(9)
+FF1_WEIGHT = tl.constexpr(10)
+FF1_BIAS = tl.constexpr(11)
+FF2_WEIGHT = tl.constexpr(12)
+FF2_BIAS = tl.constexpr(13)
+NORM_WEIGHT = tl.constexpr(14)
+NORM_BIAS = tl.constexpr(15)
+HEAD_WEIGHT = tl.constexpr(16)
+HEAD_BIAS = tl.constexpr(17)
+
+FIELDS = 6  # of what `describe` says of a trial point, beside its delta
+
+
+@triton.constexpr_function
+def weights_at(part, DP, AP, FP):
+    """Where a part of a block's packed weights begins; "end": what a block takes.
+
+    LayerNorms are a weight and a bias of DP; "qkv" is queries, keys and values, (DP, AP) each.
+    Behind the last block: the final LayerNorm, the head (DP, VP), its bias.
+    """
+    sizes = {"ln1": 2 * DP, "qkv": 3 * DP * AP, "qkv_bias": 3 * AP, "out": AP * DP, "out_bias": DP}
+    sizes |= {"ln2": 2 * DP, "ff1": DP * FP, "ff1_bias": FP, "ff2": FP * DP, "ff2_bias": DP}
+    names = [*sizes, "end"]
+    return sum(sizes[name] for name in names[: names.index(part)])
+
+
+@triton.constexpr_function
+def columns_at(part, DP, AP, FP):
+    """Where a part of a block's cached columns begins; "end": how many a block has.
+
+    "n1": the normalised rows before the attention; "mixed": what it passes to ``out``; "n2"
+    and "hidden": what the feed-forward's two weights multiply. Behind the last block: the rows
+    that the head's weight multiplies.
+    """
+    sizes = {"n1": DP, "mixed": AP, "n2": DP, "hidden": FP}
+    names = [*sizes, "end"]
+    return sum(sizes[name] for name in names[: names.index(part)])
+
+
+@triton.jit(do_not_specialize=["index_ptr", "change_ptr", "K", "n_params", "n_layers"])
+def describe(
+    index_ptr,  # (K,) int64
+    change_ptr,  # (K,) fp32
+    table_ptr,  # (5, 2 ** TABLE_BITS) int64: first index, kind, layer, slot, row length
+    params_ptr,  # (N,) fp32: the flat parameters
+    points_ptr,  # (FIELDS, K) int32: kind, layer, slot, row, column, source
+    delta_ptr,  # (K,) fp32
+    K,
+    n_params,
+    n_layers,
+    TABLE_BITS: tl.constexpr,
+    D_K: tl.constexpr,
+    DK: tl.constexpr,
+    DP: tl.constexpr,
+    AP: tl.constexpr,
+    FP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What each trial point changes; delta: by how much in fp32.
+
+    An index without a parameter becomes a change of the head's bias by NaN, which reaches all.
+    source: which of the cached columns a weight's change multiplies, -1 for what is no weight
+    """
+    SIZE: tl.constexpr = 1 << TABLE_BITS
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = k < K
+    index = tl.load(index_ptr + k, mask=inside, other=0)
+    valid = (index >= 0) & (index < n_params)
+    index = tl.where(valid, index, 0)
+    tensor = tl.zeros((BLOCK,), tl.int32)
+    for i in tl.static_range(TABLE_BITS):
+        later = tensor + (SIZE >> (i + 1))
+        tensor = tl.where(tl.load(table_ptr + later) <= index, later, tensor)
+    local = (index - tl.load(table_ptr + tensor)).to(tl.int32)
+    kind = tl.where(valid, tl.load(table_ptr + SIZE + tensor).to(tl.int32), HEAD_BIAS)
+    layer = tl.load(table_ptr + 2 * SIZE + tensor).to(tl.int32)
+    slot = tl.where(valid, tl.load(table_ptr + 3 * SIZE + tensor).to(tl.int32), 2 * n_layers)
+    length = tl.load(table_ptr + 4 * SIZE + tensor).to(tl.int32)
+    column = local % length
+    source = column
+    by_head = columns_at("mixed", DP, AP, FP) + (column // D_K) * DK + column % D_K
+    source = tl.where(kind == OUT_WEIGHT, by_head, source)
+    source = tl.where(kind == FF1_WEIGHT, columns_at("n2", DP, AP, FP) + column, source)
+    source = tl.where(kind == FF2_WEIGHT, columns_at("hidden", DP, AP, FP) + column, source)
+    multiplies = (kind == QKV_WEIGHT) | (kind == OUT_WEIGHT) | (kind == FF1_WEIGHT)
+    multiplies = multiplies | (kind == FF2_WEIGHT) | (kind == HEAD_WEIGHT)
+    source = tl.where(multiplies, layer * columns_at("end", DP, AP, FP) + source, -1)
+    old = tl.load(params_ptr + index)
+    change = tl.load(change_ptr + k, mask=inside, other=0.0)
+    delta = tl.where(valid, (old + change) - old, float("nan"))
+    tl.store(points_ptr + k, kind, mask=inside)
+    tl.store(points_ptr + K + k, layer, mask=inside)
+    tl.store(points_ptr + 2 * K + k, slot, mask=inside)
+    tl.store(points_ptr + 3 * K + k, local // length, mask=inside)
+    tl.store(points_ptr + 4 * K + k, column, mask=inside)
+    tl.store(points_ptr + 5 * K + k, source, mask=inside)
+    tl.store(delta_ptr + k, delta, mask=inside)
+
+
+@triton.jit
+def is_qkv(kind):
+    return (kind == QKV_WEIGHT) | (kind == QKV_BIAS)
+
+
+@triton.jit
+def is_behind_attention(kind, slot, n_layers):
+    """Whether it changes nothing before the end of the last attention."""
+    return (slot >= 2 * n_layers - 1) & (is_qkv(kind) == 0)
+
+
+@triton.jit
+def moved_by(kind, layer, row, source, delta, columns_ptr, R, rows, HIDDEN, COLUMNS):
+    """How far the change moves each of ``rows`` (M,) along one direction.
+
+    The direction is the changed output's; of the feed-forward's first layer, the changed hidden
+    unit's weights out.
+    """
+    is_ff1 = (kind == FF1_WEIGHT) | (kind == FF1_BIAS)
+    u = tl.load(columns_ptr + source * R + rows, mask=source >= 0, other=1.0)
+    u = tl.where((kind == FF2_WEIGHT) & (u < 0), 0.0, u) * delta
+    hidden_at = (layer * COLUMNS + HIDDEN + row) * R + rows
+    hidden = tl.load(columns_ptr + hidden_at, mask=is_ff1, other=0.0)
+    changed = hidden + u
+    changed = tl.where(changed < 0, 0.0, changed) - tl.where(hidden < 0, 0.0, hidden)
+    return tl.where(is_ff1, changed, u)
