@@ -41,19 +41,37 @@ from psfast.kernels.tiles import feed_forward, inverse, linear_of_norm, normalis
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
-def _any(mask):
-    return tl.sum(mask.to(tl.int32), 0) > 0
+# What some row of a tile needs.
+REACHED = tl.constexpr(1)
+NEW = tl.constexpr(2)
+OLD = tl.constexpr(4)
+MOVES = tl.constexpr(8)
+HIDDEN_UNIT = tl.constexpr(16)
+BEFORE = tl.constexpr(32)
+LN2_PATCH = tl.constexpr(64)
+NORM_PATCH = tl.constexpr(128)
+HEAD_PATCH = tl.constexpr(256)
 
 
 @triton.jit
-def _patched_norm(x, at, kind, WEIGHT, BIAS, row, delta, w_ptr, eps, D, DP):
-    """LayerNorm by the weight and bias at ``at``, of which some rows have one number changed."""
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def _bit(mask, bit):
+    return tl.where(mask, bit, 0)
+
+
+@triton.jit
+def _patched_norm(x, at, patched, kind, WEIGHT, BIAS, row, delta, w_ptr, eps, D, DP):
+    """LayerNorm by the weight and bias at ``at``, of which, if ``patched``, some rows have one
+    number changed."""
     cols = tl.arange(0, DP)
     normal = normalise(x, eps, D, DP)
     n = normal * tl.load(w_ptr + at + cols)[None, :] + tl.load(w_ptr + at + DP + cols)[None, :]
-    here = (kind == WEIGHT) | (kind == BIAS)
-    if _any(here):
+    if patched:
+        here = (kind == WEIGHT) | (kind == BIAS)
         patch = tl.where((kind == WEIGHT)[:, None], normal, 1.0) * delta[:, None]
         n += tl.where(here[:, None] & (cols[None, :] == row[:, None]), patch, 0.0)
     return n
@@ -171,20 +189,32 @@ def run_tail(
             reached = reached | (u != 0)
             is_new = is_new & reached
 
-        if _any(reached):
+        # Asked all at once, for each answer costs the program a barrier.
+        is_old = reached & (is_new == 0)
+        is_before = reached & (slot < 2 * n_layers)
+        is_ff1 = (kind == FF1_WEIGHT) | (kind == FF1_BIAS)
+        is_ff = is_ff1 | (kind == FF2_WEIGHT) | (kind == FF2_BIAS)
+        moves = is_ff | (kind == OUT_WEIGHT) | (kind == OUT_BIAS)
+        is_head = (kind == HEAD_WEIGHT) | (kind == HEAD_BIAS)
+        need = _bit(reached, REACHED) | _bit(is_new, NEW) | _bit(is_old, OLD)
+        need |= _bit(moves, MOVES) | _bit(is_ff1, HIDDEN_UNIT) | _bit(is_before, BEFORE)
+        need |= _bit((kind == LN2_WEIGHT) | (kind == LN2_BIAS), LN2_PATCH)
+        need |= _bit((kind == NORM_WEIGHT) | (kind == NORM_BIAS), NORM_PATCH)
+        need |= _bit(is_head, HEAD_PATCH)
+        need = tl.reduce(need, 0, _or)
+
+        if need & REACHED:
             # 2. The residual stream there.
-            at = ((slot * R + at_row) * DP)[:, None] + cols[None, :]
-            x = tl.load(x_ptr + at, mask=is_new[:, None], other=0.0)
-            is_old = reached & (is_new == 0)
-            if _any(is_old):
+            x = tl.zeros((M, DP), tl.float32)
+            if need & NEW:
+                at = ((slot * R + at_row) * DP)[:, None] + cols[None, :]
+                x += tl.load(x_ptr + at, mask=is_new[:, None], other=0.0)
+            if need & OLD:
                 old = behind_ptr + ((k * C + packed) * DP)[:, None] + cols[None, :]
                 x += tl.load(old, mask=is_old[:, None], other=0.0)
-            is_ff1 = (kind == FF1_WEIGHT) | (kind == FF1_BIAS)
-            is_ff = is_ff1 | (kind == FF2_WEIGHT) | (kind == FF2_BIAS)
-            moves = is_ff | (kind == OUT_WEIGHT) | (kind == OUT_BIAS)
-            if _any(moves):
+            if need & MOVES:
                 v = tl.where(cols[None, :] == row[:, None], 1.0, 0.0)
-                if _any(is_ff1):
+                if need & HIDDEN_UNIT:
                     at = (last * LAYER + W2 + row * DP)[:, None] + cols[None, :]
                     v_ff1 = tl.load(w_ptr + at, mask=is_ff1[:, None], other=0.0)
                     v = tl.where(is_ff1[:, None], v_ff1, v)
@@ -197,10 +227,12 @@ def run_tail(
                 x += tl.where(moves[:, None], moved, 0.0)
 
             # 3. The last feed-forward, where the change does not lie behind it.
-            is_before = reached & (slot < 2 * n_layers)
-            if _any(is_before):
+            if need & BEFORE:
                 at = last * LAYER + LN2
-                n = _patched_norm(x, at, kind, LN2_WEIGHT, LN2_BIAS, row, delta, w_ptr, eps, D, DP)
+                patched = (need & LN2_PATCH) != 0
+                n = _patched_norm(
+                    x, at, patched, kind, LN2_WEIGHT, LN2_BIAS, row, delta, w_ptr, eps, D, DP
+                )
                 if CACHE:
                     at = (last * COLUMNS + N2 + cols)[None, :] * R + at_row[:, None]
                     tl.store(columns_ptr + at, n, mask=todo[:, None])
@@ -235,7 +267,10 @@ def run_tail(
                     x += tl.where(is_before[:, None], acc, 0.0)
 
             # 4. Final LayerNorm, head and cross-entropy.
-            n = _patched_norm(x, tail, kind, NORM_WEIGHT, NORM_BIAS, row, delta, w_ptr, eps, D, DP)
+            patched = (need & NORM_PATCH) != 0
+            n = _patched_norm(
+                x, tail, patched, kind, NORM_WEIGHT, NORM_BIAS, row, delta, w_ptr, eps, D, DP
+            )
             if CACHE:
                 at = (2 * n_layers * R + at_row) * DP
                 tl.store(x_ptr + at[:, None] + cols[None, :], x, mask=todo[:, None])
@@ -255,8 +290,7 @@ def run_tail(
                 bias = tl.load(w_ptr + w_at + DP * VP + v_cols)
                 # Padded columns of the weight are zero, so their logits are this.
                 z = z * INV + tl.where(v_cols < V - start, bias, float("-inf"))[None, :]
-                is_head = (kind == HEAD_WEIGHT) | (kind == HEAD_BIAS)
-                if _any(is_head):
+                if need & HEAD_PATCH:
                     here = is_head[:, None] & (v_cols[None, :] == (row - start)[:, None])
                     z += tl.where(here, u[:, None], 0.0)
                 higher = tl.maximum(top, tl.max(z, 1))
