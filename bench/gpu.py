@@ -349,10 +349,13 @@ def measure(run: Run, backend: str, size: str, batch: int, regimes: tuple[float,
                 row.update(peak_MiB=round(peak, 1), build_s=round(built, 2))
 
 
-def compile_all(small: str, sizes: list[str]) -> None:
-    """Fill Triton's cache, every kernel in a process of its own: they compile at the same time."""
-    wanted = [(f"fused {mode}", small) for mode in MODES]
-    wanted += [("fused fp16x3", size) for size in sizes if size != small]
+def compile_all(small: str, sizes: list[str], batches: tuple[int, ...]) -> None:
+    """Fill Triton's cache, all cases in processes of their own: they compile at the same time.
+
+    The kernel of the supervised rows depends on how many there are, hence the batches.
+    """
+    wanted = [(f"fused {mode}", small, str(batches[0])) for mode in MODES[1:]]
+    wanted += [("fused fp16x3", size, str(batch)) for size in sizes for batch in batches]
     flags = ["--dry-run"] if DRY else []
     running = [
         subprocess.Popen([sys.executable, __file__, "--only-build", *case, *flags])
@@ -528,20 +531,21 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--seconds", type=float, default=420.0, help="start no stage after these")
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--only-build", nargs=2, metavar=("BACKEND", "SIZE"))
+    parser.add_argument("--only-build", nargs=3, metavar=("BACKEND", "SIZE", "B"))
     args = parser.parse_args()
     if not DRY and not torch.cuda.is_available():
         print("no CUDA device; --dry-run checks this program on the CPU", file=sys.stderr)
         return 2
     if args.only_build:
-        build(args.only_build[0], problem(args.only_build[1], 4))
+        backend, size, batch = args.only_build
+        build(backend, problem(size, int(batch)))
         return 0
     run = Run(args.out, args.seconds)
     small, sizes = ("tiny", ["tiny"]) if DRY else ("small", ["small", "medium", "large"])
     batches = (2,) if DRY else (4, 64)
 
     run.stage("the first number: clean eager loop", eager_loop, run, small, batches[0])
-    run.stage("compile", compile_all, small, sizes)
+    run.stage("compile", compile_all, small, sizes, batches)
     count = 6 if DRY else 400
     for weights in ("fresh", "trained"):
         for radius in (0.1,) if DRY else (0.1, 0.01, 0.001):
