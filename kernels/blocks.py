@@ -58,6 +58,7 @@ def run_blocks(
     out_ptr,  # what `tail` stores, (K, parts); only REPAIR looks at it
     behind_ptr,  # (K, C, DP) fp32: the packed rows behind the last attention
     reached_ptr,  # (K, C) int8: whether the change reaches them
+    first_ptr,  # (1,) int32: only CACHE looks at it: the first block to compute
     params_ptr,  # (N,) fp32: the flat parameters
     w_ptr,  # packed weights: fp32,
     hi_ptr,  # and times SCALE in fp16, hi
@@ -96,7 +97,8 @@ def run_blocks(
     REPAIR: tl.constexpr,  # only where the output is not finite
     POINTS: tl.constexpr,  # trial points a program looks at
 ):
-    """The packed residual stream of K trial points; with CACHE the incumbent's cache.
+    """The packed residual stream of K trial points; with CACHE the incumbent's cache, from block
+    ``first`` on.
 
     grid: (ceil(K / POINTS), groups); with CACHE (1, groups)
     """
@@ -140,10 +142,11 @@ def run_blocks(
         if CACHE:
             kind = -1
             layer = 0
-            slot = 0
+            slot = 2 * tl.load(first_ptr)
             row = 0
             column = 0
             delta = 0.0
+            todo = todo & (slot < end)
         else:
             about = points_ptr + tl.where(todo, k, 0)
             kind = tl.load(about)
@@ -179,15 +182,19 @@ def run_blocks(
 
             if tl.sum((reached & (place >= 0)).to(tl.int32), 0) > 0:
                 # 2. The residual stream there.
+                there = x_ptr + ((slot * R + rows) * DP)[:, None] + cols[None, :]
                 if CACHE:
-                    inside = (token >= 0)[:, None] & (cols < D)[None, :]
-                    at = (token_offset + token * D)[:, None] + cols[None, :]
-                    x = tl.load(params_ptr + at, mask=inside, other=0.0)
-                    at = (position_offset + position * D)[:, None] + cols[None, :]
-                    x += tl.load(params_ptr + at, mask=inside, other=0.0)
-                    tl.store(x_ptr + (rows * DP)[:, None] + cols[None, :], x)
+                    if slot == 0:
+                        inside = (token >= 0)[:, None] & (cols < D)[None, :]
+                        at = (token_offset + token * D)[:, None] + cols[None, :]
+                        x = tl.load(params_ptr + at, mask=inside, other=0.0)
+                        at = (position_offset + position * D)[:, None] + cols[None, :]
+                        x += tl.load(params_ptr + at, mask=inside, other=0.0)
+                        tl.store(there, x)
+                    else:
+                        x = tl.load(there)
                 else:
-                    x = tl.load(x_ptr + ((slot * R + rows) * DP)[:, None] + cols[None, :])
+                    x = tl.load(there)
                     if is_qkv(kind):
                         # One head's attention again, and what that changes behind `out`.
                         lanes = tl.arange(0, DK)

@@ -38,6 +38,7 @@ _TYPES = {
     "lo_ptr": "*fp16",
     "table_ptr": "*i64",
     "rows_ptr": "*i32",
+    "first_ptr": "*i32",
     "packed_ptr": "*i32",
     "reached_ptr": "*i8",
     "keep_ptr": "*i8",

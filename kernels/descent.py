@@ -22,7 +22,8 @@ class DescentLoop:
         self.plan, self.cache, self.params, self.rows = self.parts
         device = params.device
         is_on_gpu = device.type == "cuda"
-        filling = min(32, max(4, PROGRAMS // rows.groups))
+        # In one launch, whose trial points `take_first` knows.
+        filling = min(32, max(4, PROGRAMS // rows.groups), plan.most(rows))
         self._block = filling if is_on_gpu else _INTERPRETED_BLOCK
         self._round = _ROUND if is_on_gpu else 1
 
@@ -34,6 +35,7 @@ class DescentLoop:
         self._places = zeros(CAPACITY, torch.int64)
         self._incumbents = zeros(CAPACITY, torch.float64)
         self._state, self._margin = zeros(5, torch.int64), zeros(1, torch.float64)
+        self._first = zeros(1, torch.int32)
         self._block_index = zeros(self._block, torch.int64)
         self._block_delta = zeros(self._block, torch.float32)
         self._partial = zeros(self._block * rows.parts, torch.float32).view(-1, rows.parts)
@@ -81,15 +83,18 @@ class DescentLoop:
                 self._block_index,
                 self._block_delta,
                 self.params,
+                self.plan.scratch.points,
+                self._first,
                 self.cache.summed,
                 self._partial,
                 self._block,
                 self.rows.parts,
                 float(self.rows.count),
+                self.plan.sizes.n_layers,
                 BLOCK=1 << (self._block - 1).bit_length(),
                 num_warps=1,
             )
-        self.plan.fill(*where)
+        self.plan.fill(*where, self._first)
 
     def _captured(self):
         graph = torch.cuda.CUDAGraph()

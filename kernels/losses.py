@@ -5,6 +5,7 @@ All sums are in float64 and in a fixed order: no atomics, so every result is det
 
 import triton
 import triton.language as tl
+from psfast.kernels.points import first_block
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def reduce_losses(
     tl.store(loss_ptr + k, (incumbent + change) / count, mask=inside)
 
 
-@triton.jit(do_not_specialize=["K", "parts"])
+@triton.jit(do_not_specialize=["K", "parts", "n_layers"])
 def take_first(
     index_ptr,  # (C,) int64: trial points in poll order
     delta_ptr,  # (C,) fp32
@@ -48,11 +49,14 @@ def take_first(
     block_index_ptr,  # (K,) int64: the block that was evaluated, then the one to evaluate next
     block_delta_ptr,  # (K,) fp32
     params_ptr,  # (N,) fp32
+    points_ptr,  # (FIELDS, K) int32: what the block's trial points are
+    first_ptr,  # (1,) int32: the first block that the next incumbent's cache has to compute
     summed_ptr,  # (parts,) float64
     partial_ptr,  # (K, parts) fp32
     K,
     parts,
     count,
+    n_layers,
     BLOCK: tl.constexpr,  # >= K
 ):
     """Accepts the block's first trial point that is lower by more than the margin, if one is.
@@ -88,6 +92,11 @@ def take_first(
         tl.store(at, tl.load(at) + tl.load(delta_ptr + place))
         tl.store(places_ptr + accepted, place)
         accepted += 1
+        kind = tl.load(points_ptr + first)
+        layer = tl.load(points_ptr + K + first)
+        tl.store(first_ptr, first_block(kind, layer, n_layers))
+    else:
+        tl.store(first_ptr, n_layers + 1)
     decided += taken
     tl.store(state_ptr, decided)
     tl.store(state_ptr + 1, accepted)

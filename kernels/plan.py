@@ -267,6 +267,7 @@ class TransformerPlan:
         self.sizes, self.config, self.mode = sizes, config, mode
         self.scratch: Scratch | None = None
         self.device = trainable[0].device
+        self._all = torch.zeros(1, dtype=torch.int32, device=self.device)  # from block 0 on
         self._layout = layout(sizes, config)
         ids = weights.parameter_ids(model, trainable)
         order = weights.pack_order(model, ids, self._layout, padded_vocabulary(sizes, config))
@@ -340,8 +341,9 @@ class TransformerPlan:
         self.fill(cache, params, rows)
         return self.loss(cache, rows)
 
-    def fill(self, cache: Cache, params: Tensor, rows: Rows) -> None:
-        """Fill ``cache`` at ``params`` (N,)."""
+    def fill(self, cache: Cache, params: Tensor, rows: Rows, first: Tensor | None = None) -> None:
+        """Fill ``cache`` at ``params`` (N,), or of a full one what lies from block ``first``
+        (1,) int32 on; behind the last attention there is n_layers to fill, then nothing."""
         size = len(self.order)
         with torch.cuda.device_of(params):
             weights.pack[(-(-size // 1024),)](
@@ -354,7 +356,9 @@ class TransformerPlan:
                 SCALE=WEIGHT_SCALE,
                 BLOCK=1024,
             )
-        self._launch(None, None, cache.summed, params, cache, rows, cache=True)
+        self._launch(
+            None, None, cache.summed, params, cache, rows, self._all if first is None else first
+        )
 
     def loss(self, cache: Cache, rows: Rows) -> Tensor:
         """The loss of the cached incumbent, (1,) float64."""
@@ -378,12 +382,12 @@ class TransformerPlan:
         self, cache: Cache, params: Tensor, rows: Rows, index: Tensor, delta: Tensor, out: Tensor
     ) -> None:
         """What K trial points change of each part's summed loss: ``out`` (K, parts) float32."""
-        most = self._most(rows)
+        most = self.most(rows)
         for start in range(0, len(index), most):
             block = slice(start, start + most)
-            self._launch(index[block], delta[block], out[block], params, cache, rows, cache=False)
+            self._launch(index[block], delta[block], out[block], params, cache, rows)
 
-    def _most(self, rows: Rows) -> int:
+    def most(self, rows: Rows) -> int:
         """Trial points of one launch: what its kernels hand on should stay in the L2."""
         DP = self.sizes.padded_model
         most = _BEHIND_BYTES // (4 * rows.packed.shape[1] * DP)
@@ -392,8 +396,11 @@ class TransformerPlan:
                 most = min(most, _STAGED_BYTES // (4 * cut.rows * DP * tiles))
         return max(1, most)
 
-    def _launch(self, index, delta, out, params, tensors, rows, *, cache: bool) -> None:
-        """All kernels of one launch; with cache, which has no trial points, ``index`` is None."""
+    def _launch(
+        self, index, delta, out, params, tensors, rows, first: Tensor | None = None
+    ) -> None:
+        """All kernels of one launch: for trial points, or to fill the cache from ``first`` on."""
+        cache = first is not None
         K = 1 if cache else len(index)
         scratch = self._scratch(K, rows, cache)
         if not cache:
@@ -411,19 +418,20 @@ class TransformerPlan:
                     self.sizes.n_layers,
                     **constants,
                 )
-        self._run(K, scratch, out, params, tensors, rows, self.mode, cache, False)
+        self._run(K, scratch, out, params, tensors, rows, self.mode, first, False)
         if self.mode == "fp16x3":
-            self._run(K, scratch, out, params, tensors, rows, FALLBACK, cache, True)
+            self._run(K, scratch, out, params, tensors, rows, FALLBACK, first, True)
 
-    def _run(self, K, scratch, out, params, tensors, rows, mode, cache, repair) -> None:
+    def _run(self, K, scratch, out, params, tensors, rows, mode, first, repair) -> None:
         """Both halves of the model; repair: where ``out`` is not finite."""
         R, C, L = rows.about.shape[1], rows.packed.shape[1], self.sizes.n_layers
-        kinds = {"cache": cache, "repair": repair}
+        kinds = {"cache": first is not None, "repair": repair}
         for_blocks = blocks_constants(self.sizes, self.config, mode, **kinds)
         for_tail = tail_constants(self.sizes, self.config, mode, rows.each, **kinds)
         in_program = for_tail["TILES"] * (for_tail["M"] // rows.each)
         staged = scratch.staged.view(torch.float16) if mode == "fp16x3" else scratch.staged
-        given = (scratch.points, scratch.delta, out, scratch.behind, scratch.reached)
+        first = self._all if first is None else first
+        given = (scratch.points, scratch.delta, out, scratch.behind, scratch.reached, first)
         packed = (tensors.w, tensors.hi, tensors.lo)
         with torch.cuda.device_of(params):
             blocks.run_blocks[(-(-K // for_blocks["POINTS"]), rows.groups)](

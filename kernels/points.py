@@ -128,6 +128,13 @@ def is_behind_attention(kind, slot, n_layers):
 
 
 @triton.jit
+def first_block(kind, layer, n_layers):
+    """The first block that a change leaves to compute anew; n_layers: only what lies behind the
+    last attention."""
+    return tl.where((layer == n_layers - 1) & (kind >= LN2_WEIGHT), n_layers, layer)
+
+
+@triton.jit
 def moved_by(kind, layer, row, source, delta, columns_ptr, R, rows, HIDDEN, COLUMNS):
     """How far the change moves each of ``rows`` (M,) along one direction.
 

@@ -84,6 +84,7 @@ def run_tail(
     out_ptr,  # CACHE: (parts,) float64 summed loss; else (K, parts) fp32 differences
     behind_ptr,  # (K, C, DP) fp32: the packed rows behind the last attention
     reached_ptr,  # (K, C) int8: whether the change reaches them
+    first_ptr,  # (1,) int32: only CACHE looks at it: above n_layers nothing is to compute
     w_ptr,  # packed weights: fp32,
     hi_ptr,  # and times SCALE in fp16, hi
     lo_ptr,  # and lo
@@ -165,6 +166,9 @@ def run_tail(
 
         # 1. Which rows change, and those that do so only here: u (M,) times a direction.
         if CACHE:
+            is_to_fill = tl.load(first_ptr) <= n_layers
+            todo = todo & is_to_fill
+            todo_out = todo_out & is_to_fill
             reached = todo
             is_new = todo
             row = tl.zeros((M,), tl.int32)

@@ -21,6 +21,7 @@ SIZES = {
 }
 # So many supervised rows that those of one trial point fill two tiles.
 MANY_ROWS = dict(B=6, T=16, vocab_size=7, d_model=16, n_layers=2, n_heads=1, d_ff=20, ignored=0)
+TWO_BLOCKS = dict(B=2, T=4, vocab_size=5, d_model=16, n_layers=2, n_heads=1, d_ff=4, ignored=1)
 WIDE = dict(B=2, T=18, vocab_size=7, d_model=132, n_layers=1, n_heads=3, d_ff=20)
 
 
@@ -196,11 +197,18 @@ def test_accept_loss_at_and_foreign_changes():
     check(objective, index, delta)
 
 
-@pytest.mark.parametrize("frozen, margin, most", [(False, 2e-3, 99), (True, 0.0, 3)])
-def test_a_descent_is_the_serial_loop(frozen, margin, most):
+@pytest.mark.parametrize(
+    "sizes, frozen, margin, most",
+    [
+        (SIZES["three tiles"], False, 2e-3, 99),
+        (SIZES["three tiles"], True, 0.0, 3),
+        (TWO_BLOCKS, False, 0.0, 99),
+    ],
+)
+def test_a_descent_is_the_serial_loop(sizes, frozen, margin, most):
     twins = []
     for _ in range(2):
-        model, *rest = problem(**SIZES["three tiles"])
+        model, *rest = problem(**sizes)
         model.blocks[0].attention.requires_grad_(not frozen)
         twins.append(FusedCudaObjective(model, *rest, seed=2))
     loop, serial = twins
