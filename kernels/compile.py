@@ -18,6 +18,7 @@ from typing import NamedTuple
 import triton
 from psfast.kernels import blocks, losses, plan, points, tail, weights
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448}
@@ -174,12 +175,11 @@ def compile_case(case: Case) -> Result:
 
 
 def read_ptxas(ptx: str, arch: int, shared: int) -> Result:
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
         target = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
-        command = [ptxas, "-v", target, path, "-o", Path(folder) / "kernel.cubin"]
+        command = [get_ptxas(arch).path, "-v", target, path, "-o", Path(folder) / "kernel.cubin"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     said = done.stdout + done.stderr
     spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)

@@ -73,7 +73,7 @@ def take_first(
     end = tl.load(state_ptr + 3)
     most = tl.load(state_ptr + 4)
     k = tl.arange(0, BLOCK)
-    is_in = (k < K) & (decided + k < end) & (accepted < most)
+    is_in = (k < K) & (decided + k < tl.where(accepted < most, end, 0))
     incumbent, change = _sums(summed_ptr, partial_ptr, k, k < K, parts, BLOCK)
     losses = (incumbent + change) / count
     before = tl.sum(tl.where(k == 0, incumbent / count, 0.0), 0)
@@ -101,7 +101,7 @@ def take_first(
     tl.store(state_ptr, decided)
     tl.store(state_ptr + 1, accepted)
     tl.store(state_ptr + 2, evaluated + tried)
-    follows = (k < K) & (decided + k < end) & (accepted < most)
+    follows = (k < K) & (decided + k < tl.where(accepted < most, end, 0))
     index = tl.load(index_ptr + decided + k, mask=follows, other=0)
     delta = tl.load(delta_ptr + decided + k, mask=follows, other=0.0)
     tl.store(block_index_ptr + k, index, mask=k < K)

@@ -142,10 +142,13 @@ def moved_by(kind, layer, row, source, delta, columns_ptr, R, rows, HIDDEN, COLU
     unit's weights out.
     """
     is_ff1 = (kind == FF1_WEIGHT) | (kind == FF1_BIAS)
-    u = tl.load(columns_ptr + source * R + rows, mask=source >= 0, other=1.0)
+    # Where there is nothing to read, the first column is read for nothing: the interpreter of
+    # Triton 3.9 takes no scalar as a mask.
+    u = tl.load(columns_ptr + tl.where(source >= 0, source, 0) * R + rows)
+    u = tl.where(source >= 0, u, 1.0)
     u = tl.where((kind == FF2_WEIGHT) & (u < 0), 0.0, u) * delta
-    hidden_at = (layer * COLUMNS + HIDDEN + row) * R + rows
-    hidden = tl.load(columns_ptr + hidden_at, mask=is_ff1, other=0.0)
+    hidden = tl.where(is_ff1, layer * COLUMNS + HIDDEN + row, 0)
+    hidden = tl.load(columns_ptr + hidden * R + rows)
     changed = hidden + u
     changed = tl.where(changed < 0, 0.0, changed) - tl.where(hidden < 0, 0.0, hidden)
     return tl.where(is_ff1, changed, u)

@@ -146,6 +146,8 @@ def run_tail(
     target = tl.load(packed_ptr + C + packed)
     is_row = at_row >= 0
     at_row = tl.where(is_row, at_row, 0)
+    if CACHE:
+        K = tl.where(tl.load(first_ptr) <= n_layers, 1, 0)
     last = n_layers - 1
     tail = n_layers * LAYER
 
@@ -166,9 +168,6 @@ def run_tail(
 
         # 1. Which rows change, and those that do so only here: u (M,) times a direction.
         if CACHE:
-            is_to_fill = tl.load(first_ptr) <= n_layers
-            todo = todo & is_to_fill
-            todo_out = todo_out & is_to_fill
             reached = todo
             is_new = todo
             row = tl.zeros((M,), tl.int32)
