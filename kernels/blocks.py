@@ -17,22 +17,20 @@ times DK, padded. Padded weights are zero.
 import triton
 import triton.language as tl
 from psfast.kernels.points import (
-    FF1_BIAS,
     FF1_WEIGHT,
-    FF2_BIAS,
     FF2_WEIGHT,
     LN1_BIAS,
     LN1_WEIGHT,
     LN2_BIAS,
     LN2_WEIGHT,
-    OUT_BIAS,
     OUT_WEIGHT,
     POSITION,
     QKV_BIAS,
+    QKV_WEIGHT,
     TOKEN,
     columns_at,
     is_behind_attention,
-    is_qkv,
+    is_of,
     moved_by,
     weights_at,
 )
@@ -44,6 +42,7 @@ from psfast.kernels.tiles import (
     layer_norm,
     linear,
     linear_of_norm,
+    own_rows,
     split,
     stage,
     to_heads,
@@ -116,11 +115,9 @@ def run_blocks(
     N2: tl.constexpr = columns_at("n2", DP, AP, FP)
     HIDDEN: tl.constexpr = columns_at("hidden", DP, AP, FP)
     COLUMNS: tl.constexpr = columns_at("end", DP, AP, FP)
-    HALVES: tl.constexpr = 2 if MODE == "fp16x3" else 1
 
     weights = (w_ptr, hi_ptr, lo_ptr)
-    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    staged = staged_ptr + program * (HALVES * M * DP)
+    staged = own_rows(staged_ptr, M, DP, MODE)
     rows = tl.program_id(1) * M + tl.arange(0, M)
     is_row = rows >= 0
     cols = tl.arange(0, DP)
@@ -195,7 +192,7 @@ def run_blocks(
                         x = tl.load(there)
                 else:
                     x = tl.load(there)
-                    if is_qkv(kind):
+                    if is_of(kind, QKV_WEIGHT):
                         # One head's attention again, and what that changes behind `out`.
                         lanes = tl.arange(0, DK)
                         head = row // (3 * D_K) * DK
@@ -213,10 +210,10 @@ def run_blocks(
                         start = layer * LAYER + WO + head * DP
                         zero = tl.zeros((M, DP), tl.float32)
                         x += linear(moved, weights, start, zero, DK, DP, DP, MODE) * INV
-                    is_ff1 = (kind == FF1_WEIGHT) | (kind == FF1_BIAS)
-                    is_ff = is_ff1 | (kind == FF2_WEIGHT) | (kind == FF2_BIAS)
+                    is_ff1 = is_of(kind, FF1_WEIGHT)
+                    is_ff = is_ff1 | is_of(kind, FF2_WEIGHT)
                     is_embedding = (kind == TOKEN) | (kind == POSITION)
-                    if is_embedding | (kind == OUT_WEIGHT) | (kind == OUT_BIAS) | is_ff:
+                    if is_embedding | is_of(kind, OUT_WEIGHT) | is_ff:
                         v = tl.where(cols == tl.where(is_embedding, column, row), 1.0, 0.0)
                         if is_ff1:
                             v = tl.load(w_ptr + layer * LAYER + W2 + row * DP + cols)

@@ -22,9 +22,8 @@ class DescentLoop:
         self.plan, self.cache, self.params, self.rows = self.parts
         device = params.device
         is_on_gpu = device.type == "cuda"
-        # In one launch, whose trial points `take_first` knows.
-        filling = min(32, max(4, PROGRAMS // rows.groups), plan.most(rows))
-        self._block = filling if is_on_gpu else _INTERPRETED_BLOCK
+        filling = min(32, max(4, PROGRAMS // rows.groups)) if is_on_gpu else _INTERPRETED_BLOCK
+        self._block = min(filling, plan.most(rows))  # one launch, which `take_first` looks into
         self._round = _ROUND if is_on_gpu else 1
 
         def zeros(size: int, dtype: torch.dtype) -> Tensor:

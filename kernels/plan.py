@@ -108,10 +108,9 @@ def choose_config(sizes: Sizes, capability: int, mode: str) -> Config | None:
 
 
 def layout(sizes: Sizes, config: Config) -> dict:
-    """How the weights lie: compile-time arguments of all kernels."""
+    """How weights and cached columns lie, for all kernels."""
     DK = sizes.padded_head
     return {
-        "D": sizes.d_model,
         "DP": sizes.padded_model,
         "D_K": sizes.d_model // sizes.n_heads,
         "DK": DK,
@@ -122,9 +121,7 @@ def layout(sizes: Sizes, config: Config) -> dict:
 
 def describe_constants(sizes: Sizes, config: Config) -> dict:
     """The compile-time arguments of ``points.describe``."""
-    c = layout(sizes, config)
-    names = ("D_K", "DK", "DP", "AP", "FP")
-    return {name: c[name] for name in names} | {"TABLE_BITS": sizes.table_bits, "BLOCK": 128}
+    return {**layout(sizes, config), "TABLE_BITS": sizes.table_bits, "BLOCK": 128}
 
 
 def blocks_constants(sizes: Sizes, config: Config, mode: str, *, cache: bool, repair: bool) -> dict:
@@ -144,10 +141,9 @@ def tail_constants(
     sizes: Sizes, config: Config, mode: str, each: int, *, cache: bool, repair: bool
 ) -> dict:
     """The compile-time arguments of ``tail.run_tail``; each: rows of a trial point in a tile."""
-    c = layout(sizes, config)
-    del c["D_K"], c["DK"]
+    laid = layout(sizes, config)
     return {
-        **c,
+        **{name: laid[name] for name in ("DP", "AP", "FP")},
         **_of_cut(sizes, config.tail, mode),
         "EACH": each,
         "V": sizes.vocab_size,
@@ -175,6 +171,7 @@ def _vocabulary_at_a_time(sizes: Sizes, config: Config) -> int:
 def _of_cut(sizes: Sizes, cut: Cut, mode: str) -> dict:
     return {
         "M": cut.rows,
+        "D": sizes.d_model,
         "KC": min(cut.staged or sizes.padded_model, sizes.padded_model),
         "FC": cut.hidden,
         "SCALE": WEIGHT_SCALE,
@@ -338,12 +335,12 @@ class TransformerPlan:
 
     def refresh(self, cache: Cache, params: Tensor, rows: Rows) -> Tensor:
         """Fill ``cache`` at ``params`` (N,); returns the loss there, (1,) float64."""
-        self.fill(cache, params, rows)
+        self.fill(cache, params, rows, self._all)
         return self.loss(cache, rows)
 
-    def fill(self, cache: Cache, params: Tensor, rows: Rows, first: Tensor | None = None) -> None:
-        """Fill ``cache`` at ``params`` (N,), or of a full one what lies from block ``first``
-        (1,) int32 on; behind the last attention there is n_layers to fill, then nothing."""
+    def fill(self, cache: Cache, params: Tensor, rows: Rows, first: Tensor) -> None:
+        """Fill ``cache`` at ``params`` (N,) from block ``first`` (1,) int32 on: n_layers is what
+        lies behind the last attention, above it there is nothing to fill."""
         size = len(self.order)
         with torch.cuda.device_of(params):
             weights.pack[(-(-size // 1024),)](
@@ -356,9 +353,7 @@ class TransformerPlan:
                 SCALE=WEIGHT_SCALE,
                 BLOCK=1024,
             )
-        self._launch(
-            None, None, cache.summed, params, cache, rows, self._all if first is None else first
-        )
+        self._launch(None, None, cache.summed, params, cache, rows, first)
 
     def loss(self, cache: Cache, rows: Rows) -> Tensor:
         """The loss of the cached incumbent, (1,) float64."""

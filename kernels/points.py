@@ -117,14 +117,15 @@ def describe(
 
 
 @triton.jit
-def is_qkv(kind):
-    return (kind == QKV_WEIGHT) | (kind == QKV_BIAS)
+def is_of(kind, WEIGHT):
+    """Whether it changes this weight or the bias beside it."""
+    return (kind == WEIGHT) | (kind == WEIGHT + 1)
 
 
 @triton.jit
 def is_behind_attention(kind, slot, n_layers):
     """Whether it changes nothing before the end of the last attention."""
-    return (slot >= 2 * n_layers - 1) & (is_qkv(kind) == 0)
+    return (slot >= 2 * n_layers - 1) & (is_of(kind, QKV_WEIGHT) == 0)
 
 
 @triton.jit
@@ -141,7 +142,7 @@ def moved_by(kind, layer, row, source, delta, columns_ptr, R, rows, HIDDEN, COLU
     The direction is the changed output's; of the feed-forward's first layer, the changed hidden
     unit's weights out.
     """
-    is_ff1 = (kind == FF1_WEIGHT) | (kind == FF1_BIAS)
+    is_ff1 = is_of(kind, FF1_WEIGHT)
     # Where there is nothing to read, the first column is read for nothing: the interpreter of
     # Triton 3.9 takes no scalar as a mask.
     u = tl.load(columns_ptr + tl.where(source >= 0, source, 0) * R + rows)

@@ -19,24 +19,27 @@ vocabulary, padded.
 import triton
 import triton.language as tl
 from psfast.kernels.points import (
-    FF1_BIAS,
     FF1_WEIGHT,
-    FF2_BIAS,
     FF2_WEIGHT,
-    HEAD_BIAS,
     HEAD_WEIGHT,
-    LN2_BIAS,
     LN2_WEIGHT,
-    NORM_BIAS,
     NORM_WEIGHT,
-    OUT_BIAS,
     OUT_WEIGHT,
     columns_at,
     is_behind_attention,
+    is_of,
     moved_by,
     weights_at,
 )
-from psfast.kernels.tiles import feed_forward, inverse, linear_of_norm, normalise, split, stage
+from psfast.kernels.tiles import (
+    feed_forward,
+    inverse,
+    linear_of_norm,
+    normalise,
+    own_rows,
+    split,
+    stage,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -64,14 +67,14 @@ def _bit(mask, bit):
 
 
 @triton.jit
-def _patched_norm(x, at, patched, kind, WEIGHT, BIAS, row, delta, w_ptr, eps, D, DP):
+def _patched_norm(x, at, patched, kind, WEIGHT, row, delta, w_ptr, eps, D, DP):
     """LayerNorm by the weight and bias at ``at``, of which, if ``patched``, some rows have one
     number changed."""
     cols = tl.arange(0, DP)
     normal = normalise(x, eps, D, DP)
     n = normal * tl.load(w_ptr + at + cols)[None, :] + tl.load(w_ptr + at + DP + cols)[None, :]
     if patched:
-        here = (kind == WEIGHT) | (kind == BIAS)
+        here = is_of(kind, WEIGHT)
         patch = tl.where((kind == WEIGHT)[:, None], normal, 1.0) * delta[:, None]
         n += tl.where(here[:, None] & (cols[None, :] == row[:, None]), patch, 0.0)
     return n
@@ -132,14 +135,12 @@ def run_tail(
     N2: tl.constexpr = columns_at("n2", DP, AP, FP)
     HIDDEN: tl.constexpr = columns_at("hidden", DP, AP, FP)
     COLUMNS: tl.constexpr = columns_at("end", DP, AP, FP)
-    HALVES: tl.constexpr = 2 if MODE == "fp16x3" else 1
 
     weights = (w_ptr, hi_ptr, lo_ptr)
     part = tl.program_id(1)
     parts = tl.num_programs(1)
     C = parts * EACH
-    program = tl.program_id(0) * parts + part
-    staged = staged_ptr + program * (HALVES * M * DP)
+    staged = own_rows(staged_ptr, M, DP, MODE)
     cols = tl.arange(0, DP)
     packed = part * EACH + tl.arange(0, M) % EACH
     at_row = tl.load(packed_ptr + packed)
@@ -195,15 +196,14 @@ def run_tail(
         # Asked all at once, for each answer costs the program a barrier.
         is_old = reached & (is_new == 0)
         is_before = reached & (slot < 2 * n_layers)
-        is_ff1 = (kind == FF1_WEIGHT) | (kind == FF1_BIAS)
-        is_ff = is_ff1 | (kind == FF2_WEIGHT) | (kind == FF2_BIAS)
-        moves = is_ff | (kind == OUT_WEIGHT) | (kind == OUT_BIAS)
-        is_head = (kind == HEAD_WEIGHT) | (kind == HEAD_BIAS)
+        is_ff1 = is_of(kind, FF1_WEIGHT)
+        is_ff = is_ff1 | is_of(kind, FF2_WEIGHT)
+        moves = is_ff | is_of(kind, OUT_WEIGHT)
+        is_head = is_of(kind, HEAD_WEIGHT)
         need = _bit(reached, REACHED) | _bit(is_new, NEW) | _bit(is_old, OLD)
         need |= _bit(moves, MOVES) | _bit(is_ff1, HIDDEN_UNIT) | _bit(is_before, BEFORE)
-        need |= _bit((kind == LN2_WEIGHT) | (kind == LN2_BIAS), LN2_PATCH)
-        need |= _bit((kind == NORM_WEIGHT) | (kind == NORM_BIAS), NORM_PATCH)
-        need |= _bit(is_head, HEAD_PATCH)
+        need |= _bit(is_of(kind, LN2_WEIGHT), LN2_PATCH) | _bit(is_head, HEAD_PATCH)
+        need |= _bit(is_of(kind, NORM_WEIGHT), NORM_PATCH)
         need = tl.reduce(need, 0, _or)
 
         if need & REACHED:
@@ -233,9 +233,7 @@ def run_tail(
             if need & BEFORE:
                 at = last * LAYER + LN2
                 patched = (need & LN2_PATCH) != 0
-                n = _patched_norm(
-                    x, at, patched, kind, LN2_WEIGHT, LN2_BIAS, row, delta, w_ptr, eps, D, DP
-                )
+                n = _patched_norm(x, at, patched, kind, LN2_WEIGHT, row, delta, w_ptr, eps, D, DP)
                 if CACHE:
                     at = (last * COLUMNS + N2 + cols)[None, :] * R + at_row[:, None]
                     tl.store(columns_ptr + at, n, mask=todo[:, None])
@@ -271,9 +269,7 @@ def run_tail(
 
             # 4. Final LayerNorm, head and cross-entropy.
             patched = (need & NORM_PATCH) != 0
-            n = _patched_norm(
-                x, tail, patched, kind, NORM_WEIGHT, NORM_BIAS, row, delta, w_ptr, eps, D, DP
-            )
+            n = _patched_norm(x, tail, patched, kind, NORM_WEIGHT, row, delta, w_ptr, eps, D, DP)
             if CACHE:
                 at = (2 * n_layers * R + at_row) * DP
                 tl.store(x_ptr + at[:, None] + cols[None, :], x, mask=todo[:, None])

@@ -94,6 +94,14 @@ def linear_of_norm(
 
 
 @triton.jit
+def own_rows(staged_ptr, M: tl.constexpr, DP: tl.constexpr, MODE: tl.constexpr):
+    """Where this program of a grid of two dimensions stages its normalised rows."""
+    HALVES: tl.constexpr = 2 if MODE == "fp16x3" else 1
+    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    return staged_ptr + program * (HALVES * M * DP)
+
+
+@triton.jit
 def stage(n, staged_ptr, M: tl.constexpr, DP: tl.constexpr, KC: tl.constexpr, MODE: tl.constexpr):
     """Put the normalised rows where ``linear_of_norm`` finds them, if it looks in memory."""
     if KC < DP:
