@@ -53,6 +53,7 @@ class Run:
     def __init__(self, out: Path, seconds: float):
         self.out, self.deadline = out, time.monotonic() + seconds
         self.data = {"machine": describe(), "dry_run": DRY, "stages": [], "gate": [], "rows": []}
+        self.descends: set[str] = set()  # the backends that descend as the serial loop does
 
     def stage(self, name: str, work, *args):
         """``work(*args)``, or None after recording why there is no result."""
@@ -341,7 +342,8 @@ def measure(run: Run, backend: str, size: str, batch: int, regimes: tuple[float,
     run.stage(f"{case}: complete poll", complete_poll, run, objective, size, batch, backend)
     for p in regimes:
         run.stage(f"{case}: p = {p:g}", with_accepts, run, objective, size, batch, backend, p)
-    run.stage(f"{case}: start", start_of_training, run, objective, size, batch, backend)
+    if backend in run.descends or not objective.descends:
+        run.stage(f"{case}: start", start_of_training, run, objective, size, batch, backend)
     if DEVICE == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
         for row in run.data["rows"]:
@@ -404,6 +406,7 @@ def gate(
     parts = (trained if weights == "trained" else problem)(size, batch)
     model, criterion, inputs, targets = parts
     flat = FlatParameters(list(model.parameters()))
+    names = [name for name, _ in model.named_parameters()]
     index, delta = poll_block(flat, 0, count, radius)
     exact = exact_changes(parts, index, delta)
 
@@ -411,7 +414,8 @@ def gate(
         changes = losses.double().cpu() - base
         matters = exact.abs() > 1e-13  # float64 has rounding errors too
         flips = ((changes < 0) != (exact < 0))[matters].sum().item()
-        error = (changes - exact).abs().max().item()
+        errors = (changes - exact).abs()
+        error, worst = errors.max().item(), int(errors.argmax())  # NaN, where there is one
         bound = 1e-5 * max(1.0, abs(base))
         record = {
             "size": size,
@@ -421,6 +425,7 @@ def gate(
             "backend": backend,
             "points": count,
             "largest_error": error,
+            "at": names[flat.locate(int(index[worst]))[0]],
             "flips": flips,
             "loss": base,
             "ok": error < bound,  # False for NaN
@@ -439,6 +444,34 @@ def gate(
             compare(backend, twin.losses(index, delta), twin().item())
 
         run.stage(f"gate {size} {weights} {radius:g} {backend}", one)
+
+
+def gate_descent(run: Run, size: str, batch: int, backend: str, count: int) -> None:
+    """Whether a descent has the serial loop's losses and decisions, bit for bit.
+
+    In the interpreter nearly so: it computes by NumPy, where a row's bits depend on its place.
+    """
+    twins = [build(backend, problem(size, batch)) for _ in range(2)]
+    loop, serial = twins
+    index, delta = poll_block(loop.flat, 0, count)
+    bar, losses, places = serial().item(), [], []
+    for k in range(count):
+        point = index[k : k + 1], delta[k : k + 1]
+        losses.append(serial.losses(*point).item())
+        if losses[-1] < bar:
+            serial.accept(*point)
+            bar = serial().item()
+            places.append(k)
+    incumbent = loop().item()
+    found = loop.descend(index, delta, incumbent=incumbent, margin=0.0, most=count, gap=2.5)
+    exact = torch.tensor(losses, dtype=torch.float64)
+    same = torch.allclose if DRY else torch.equal
+    if found.places != places or not same(found.losses.double(), exact):
+        raise ValueError(f"accepted {found.places}, not {places}; losses {found.losses.tolist()}")
+    if not torch.equal(loop.flat.buffer, serial.flat.buffer):
+        raise ValueError("the same decisions, but other parameters")
+    run.descends.add(backend)
+    print(f"    {backend}: {len(places)} of {count} accepted, as the serial loop does")
 
 
 def passed(run: Run, backend: str) -> bool:
@@ -514,7 +547,7 @@ def table(data: dict) -> str:
         lines.append(
             f"{g['size']:7} {g['batch']:3} {g['weights']:8} radius {g['radius']:<6g} "
             f"{g['backend']:14} {g['largest_error']:.2e}  {g['flips']:4} of {g['points']} flips"
-            + ("" if g["ok"] else "  FAILED")
+            + ("" if g["ok"] else f"  FAILED at {g['at']}")
         )
     failed = [s for s in data["stages"] if not s["ok"]]
     lines += ["", f"{len(failed)} of {len(data['stages'])} stages failed or were skipped"]
@@ -556,6 +589,11 @@ def main() -> int:
             name = f"gate {size}"
             run.stage(name, gate, run, size, batches[0], "fresh", 0.1, 100, DEFAULTS)
     usable = [backend for backend in BACKENDS if passed(run, backend)]
+    for backend in usable:
+        if backend != "batched":
+            count = 6 if DRY else 200
+            name = f"gate descent {small} {backend}"
+            run.stage(name, gate_descent, run, small, batches[0], backend, count)
     print(f"passed the gate: {usable}")
 
     for size in sizes:

@@ -5,6 +5,8 @@ from psfast.kernels import losses as kernel
 from psfast.kernels.plan import PROGRAMS, Cache, Rows, TransformerPlan
 from torch import Tensor
 
+from psfast.capture import captured
+
 CAPACITY = 4096  # trial points that the device holds at a time
 _ROUND = 8  # replays between two looks at the state
 _INTERPRETED_BLOCK = 4  # where a program costs what it costs
@@ -39,7 +41,8 @@ class DescentLoop:
         self._block_delta = zeros(self._block, torch.float32)
         self._partial = zeros(self._block * rows.parts, torch.float32).view(-1, rows.parts)
         self._step()  # with nothing to decide: compiles what is not compiled yet
-        self._replay = self._captured() if is_on_gpu else self._step
+        self._replay = captured(self._step, device).replay if is_on_gpu else self._step
+        self._scratch = plan.scratch  # that the graph writes to, whatever comes after it
 
     def run(
         self, index: Tensor, delta: Tensor, margin: float, most: int
@@ -94,10 +97,3 @@ class DescentLoop:
                 num_warps=1,
             )
         self.plan.fill(*where, self._first)
-
-    def _captured(self):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device_of(self.params), torch.cuda.graph(graph):
-            self._step()
-        self._scratch = self.plan.scratch  # that the graph writes to, whatever comes after it
-        return graph.replay

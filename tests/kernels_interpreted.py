@@ -11,6 +11,7 @@ from descents import serial_descent
 from psfast.kernels import plan
 
 import psfast
+from psfast.objectives import fused_cuda
 from psfast.objectives.fused_cuda import FusedCudaObjective
 
 SIZES = {
@@ -298,6 +299,33 @@ def test_nan_stays_in_its_trial_point():
     losses = objective.losses(index, delta)
     assert losses[0] == objective()  # the first token occurs no more
     assert torch.isnan(losses[3:]).all()
+
+
+def test_kernels_that_get_a_loss_wrong_are_found(monkeypatch):
+    objective = FusedCudaObjective(*problem(**SIZES["three tiles"]), seed=3)
+    masks, names = (
+        objective._masks(objective.inputs.shape, 0.1),
+        dict(objective.model.named_parameters()),
+    )
+    monkeypatch.setattr(fused_cuda, "_checked", set())
+    right, calls = objective._plan.losses, []
+
+    def wrong(*arguments):
+        calls.append(arguments)
+        losses = right(*arguments)
+        losses[3] += 1e-3
+        losses[5] = math.nan
+        return losses
+
+    monkeypatch.setattr(objective._plan, "losses", wrong)
+    third, fifth = list(names)[3], list(names)[5]
+    with pytest.raises(ValueError, match=f"wrong on this device, at a change of {third}, {fifth}$"):
+        objective._check(masks)
+    monkeypatch.setattr(objective._plan, "losses", right)
+    objective._check(masks)
+    monkeypatch.setattr(objective._plan, "losses", wrong)
+    objective._check(masks)  # not a second time
+    assert len(calls) == 1
 
 
 def test_says_why_it_cannot_serve():

@@ -4,6 +4,7 @@ Triton decides at its import whether it interprets, so these tests run in a proc
 own; one that has imported Triton before could not.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -26,6 +27,19 @@ def test_interpreted():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_the_gpu_benchmark_runs_dry(tmp_path):
+    program = Path(__file__).parents[1] / "bench" / "gpu.py"
+    command = [sys.executable, str(program), "--dry-run", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [stage for stage in found["stages"] if not stage["ok"]] == []
+    assert all(record["ok"] for record in found["gate"])
+    starts = {row["backend"] for row in found["rows"] if row["regime"] == "start"}
+    assert starts == {"fused fp16x3", "fused tf32x3", "fused fp32", "batched", "graph"}
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted here")

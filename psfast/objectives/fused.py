@@ -8,9 +8,8 @@ from torch import Tensor
 
 from psfast import ops
 from psfast.flat import trainable
-from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
 from psfast.objectives.base import Descent, check_block
-from psfast.objectives.fused_model import FusedModelObjective, why_not_fused_model
+from psfast.objectives.fused_model import FusedModelObjective, sizes_of, why_not_fused_model
 from psfast.objectives.watch import Watch
 from psfast.random_state import seeded
 
@@ -110,7 +109,7 @@ class FusedObjective(FusedModelObjective):
         if self._take_up():
             self._all = list(self.model.parameters())
         inputs, targets = self.inputs.long().contiguous(), self.targets.long().contiguous()
-        sizes = _sizes(self.model, self.criterion)
+        sizes = sizes_of(self.model, self.criterion)
         mask = _dropout_masks(self.model, inputs.shape, self.seed)
         old = self._plan
         if old is None or old.sizes != sizes or old.tokens.shape != inputs.shape:
@@ -165,19 +164,6 @@ def _differ(a: Tensor, b: Tensor) -> bool:
 
 def _starts(params: list[Tensor]) -> list[int]:
     return [0, *accumulate(p.numel() for p in params)]
-
-
-def _sizes(model: DecoderOnlyTransformer, criterion: MaskedCrossEntropy) -> ops.FusedSizes:
-    block = model.blocks[0]
-    return ops.FusedSizes(
-        vocab_size=model.head.out_features,
-        d_model=model.head.in_features,
-        n_layers=len(model.blocks),
-        n_heads=block.attention.n_heads,
-        d_ff=block.ff[0].out_features,
-        max_len=model.max_len,
-        ignore_index=criterion.ignore_index,
-    )
 
 
 def _dropout_masks(model, shape: torch.Size, seed: int) -> Tensor | None:

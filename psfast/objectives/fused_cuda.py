@@ -1,5 +1,6 @@
 """A decoder-only transformer's loss on a GPU, by Triton kernels from trial point to loss."""
 
+import functools
 import operator
 import os
 
@@ -9,11 +10,14 @@ from torch import Tensor
 
 from psfast.flat import trainable
 from psfast.objectives.base import Descent, check_block
-from psfast.objectives.fused_model import FusedModelObjective, why_not_fused_model
+from psfast.objectives.fused_check import wrong_tensors
+from psfast.objectives.fused_model import FusedModelObjective, sizes_of, why_not_fused_model
 from psfast.objectives.watch import Watch
+from psfast.ops import FusedPlan
 from psfast.random_state import seeded
 
 _INT32 = 2**31 - 1
+_checked: set[tuple] = set()  # the kernels that have computed the right losses in this process
 
 
 class FusedCudaObjective(FusedModelObjective):
@@ -35,7 +39,8 @@ class FusedCudaObjective(FusedModelObjective):
 
     Under ``TRITON_INTERPRET=1`` it runs, slowly, on the CPU.
 
-    Raises ValueError with the reason where it cannot serve.
+    Raises ValueError with the reason where it cannot serve, and where the kernels' losses, at a
+    trial point of each tensor, are not those of float64 arithmetic in plain torch.
     """
 
     descends = True
@@ -177,7 +182,30 @@ class FusedCudaObjective(FusedModelObjective):
         except self._errors as error:
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"the kernels do not run on this device: {reason}") from error
+        if inputs.device.type == "cuda":
+            self._check(masks)
         self._is_fresh = True
+
+    def _check(self, masks: Tensor | None) -> None:
+        """Raise ValueError if the kernels get a loss wrong; once for each that was compiled."""
+        plan, rows = self._plan, self._rows
+        kernels = (plan.device, plan.sizes, plan.config, plan.mode, rows.each)
+        if kernels in _checked or not rows.count:
+            return
+        mask = None if masks is None else masks * rows.inv_keep
+        sizes = sizes_of(self.model, self.criterion)
+        batch = FusedPlan(sizes, plan.eps, self.inputs.long(), self.targets.long(), mask, None)
+        wrong = wrong_tensors(
+            self.model,
+            self.params,
+            batch,
+            functools.partial(plan.losses, self._cache, self._values, rows),
+        )
+        if wrong:
+            raise ValueError(
+                f"the kernels get the loss wrong on this device, at a change of {', '.join(wrong)}"
+            )
+        _checked.add(kernels)
 
     def _follow(self) -> None:
         if not self._must_look():

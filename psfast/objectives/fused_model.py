@@ -6,6 +6,7 @@ from torch.nn.modules import module as hooks_of_all
 
 from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
 from psfast.objectives.base import Objective
+from psfast.ops import FusedSizes
 
 # What may differ from a module as it was built: its tensors and submodules, that are compared
 # for themselves, its mode, and two numbers that only must be the same everywhere.
@@ -112,6 +113,19 @@ def check_batch(model, criterion, inputs: Tensor, targets: Tensor) -> None:
         low, high = value.min().item(), value.max().item()
         if low < 0 or high >= limit:
             raise ValueError(f"{name} must lie in [0, {limit}), got values from {low} to {high}")
+
+
+def sizes_of(model: DecoderOnlyTransformer, criterion: MaskedCrossEntropy) -> FusedSizes:
+    block = model.blocks[0]
+    return FusedSizes(
+        vocab_size=model.head.out_features,
+        d_model=model.head.in_features,
+        n_layers=len(model.blocks),
+        n_heads=block.attention.n_heads,
+        d_ff=block.ff[0].out_features,
+        max_len=model.max_len,
+        ignore_index=criterion.ignore_index,
+    )
 
 
 def _modules(model: nn.Module, kind: type) -> list[nn.Module]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from psfast.capture import captured
 from psfast.flat import trainable
 from psfast.objectives.base import CompositeLoss, Descent, check_block
 from psfast.objectives.serial import SerialObjective
@@ -206,8 +207,8 @@ class GraphObjective(SerialObjective):
             )
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with self._evaluation(), torch.cuda.device(self.flat.buffer.device):
+        device = self.flat.buffer.device
+        with self._evaluation(), torch.cuda.device(device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -215,12 +216,10 @@ class GraphObjective(SerialObjective):
                     self._step()
             torch.cuda.current_stream().wait_stream(side)
             try:
-                with torch.cuda.graph(graph):
-                    self._step()
+                return captured(self._step, device)
             except RuntimeError as error:
                 reason = str(error).strip().splitlines()[0]
                 raise ValueError(f"the closure cannot be captured: {reason}") from error
-        return graph
 
 
 def _any_below(losses: Tensor, bar: float | None) -> bool:
