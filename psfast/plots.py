@@ -33,6 +33,8 @@ class Curve(NamedTuple):
 
 def find_metrics(run: Path) -> Path:
     """The one ``metrics.csv`` of a run. Raises FileNotFoundError, or ValueError for several."""
+    if not run.exists():
+        raise FileNotFoundError(f"there is no {run}")
     if run.is_file():
         return run
     found = sorted(run.rglob("metrics.csv"))

@@ -56,6 +56,7 @@ def test_a_panel_without_values_is_left_out(run):
     "write, message",
     [
         (lambda path: None, "logger=none"),
+        (lambda path: path.rmdir(), "there is no /"),
         (lambda path: (path / "metrics.csv").write_text("step,loss\n1,2\n"), "'evaluations'"),
         (lambda path: (path / "metrics.csv").write_text(""), "'evaluations'"),
     ],
