@@ -8,12 +8,12 @@ from torch import Tensor
 from psfast.capture import captured
 
 CAPACITY = 4096  # trial points that the device holds at a time
-_ROUND = 8  # replays between two looks at the state
+_ROUND = 8  # blocks between two looks at the state
 _INTERPRETED_BLOCK = 4  # where a program costs what it costs
 
 
 class DescentLoop:
-    """One block of a descent, on a GPU captured as a CUDA graph, and the loop around it.
+    """A few blocks of a descent, on a GPU captured as a CUDA graph, and the loop around it.
 
     plan, cache, params, rows: as of ``TransformerPlan.losses``. The graph reads and writes them
     where they are now: with other ones (``parts`` has these) another loop is needed.
@@ -26,7 +26,6 @@ class DescentLoop:
         is_on_gpu = device.type == "cuda"
         filling = min(32, max(4, PROGRAMS // rows.groups)) if is_on_gpu else _INTERPRETED_BLOCK
         self._block = min(filling, plan.most(rows))  # one launch, which `take_first` looks into
-        self._round = _ROUND if is_on_gpu else 1
 
         def zeros(size: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
@@ -41,7 +40,7 @@ class DescentLoop:
         self._block_delta = zeros(self._block, torch.float32)
         self._partial = zeros(self._block * rows.parts, torch.float32).view(-1, rows.parts)
         self._step()  # with nothing to decide: compiles what is not compiled yet
-        self._replay = captured(self._step, device).replay if is_on_gpu else self._step
+        self._replay = captured(self._steps, device).replay if is_on_gpu else self._step
         self._scratch = plan.scratch  # that the graph writes to, whatever comes after it
 
     def run(
@@ -62,13 +61,16 @@ class DescentLoop:
         self._state.copy_(torch.tensor([0, 0, 0, count, most]))
         decided = accepted = evaluated = 0
         while decided < count and accepted < most:
-            for _ in range(self._round):
-                self._replay()
+            self._replay()
             decided, accepted, evaluated, *_ = self._state.tolist()
         losses, places = self._losses[:decided].cpu(), self._places[:accepted].tolist()
         # Each block notes the loss that the one before it came to.
         incumbents = self._incumbents[: max(0, accepted - 1)].tolist()
         return losses, places, incumbents, evaluated
+
+    def _steps(self) -> None:
+        for _ in range(_ROUND):
+            self._step()
 
     def _step(self) -> None:
         where = self.cache, self.params, self.rows

@@ -1,20 +1,56 @@
 """Work on a CUDA device as one graph."""
 
+import functools
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 
+_WARM_UP = 3  # runs before the capture, for the libraries' lazy initialisation
+
 
 def captured(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAGraph:
-    """``step``, captured on ``device``; it has run there before, so that nothing is left to load.
+    """``step`` as a graph on ``device``; it runs some times before it is captured.
 
-    Raises RuntimeError if it cannot be captured.
+    Raises RuntimeError if it cannot be captured, as a step that waits for the device cannot.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device):
-        # Torch's own stream for captures is on the device that captured first. And only this
-        # thread is held back meanwhile: another one, of a DataLoader, may be pinning memory.
-        how = {"stream": torch.cuda.Stream(), "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(graph, **how):
-            step()
+        caller, side = torch.cuda.current_stream(), _side_stream(device)
+        side.wait_stream(caller)
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP):
+                step()
+            with _no_host_sync():  # found here, it costs an exception; in a capture, much more
+                step()
+        caller.wait_stream(side)
+        try:
+            # Other threads may go on meanwhile, a DataLoader's that pins memory say.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                step()
+        except BaseException:
+            # What torch leaves behind: its stream, and until 2.12 a random state that believes
+            # it is captured, so that the next draw of anyone's would fail.
+            torch.cuda.set_stream(caller)
+            if torch.__version__ < "2.13":
+                generator = torch.cuda.default_generators[device.index]
+                generator.graphsafe_set_state(generator.clone_state())
+            raise
     return graph
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: the libraries keep work space for each stream. Not torch's own one
+    for captures: that is on the device that captured first."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _no_host_sync():
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

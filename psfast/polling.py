@@ -107,6 +107,9 @@ class WorkingSetPoll:
             self._window = search_simplex.new_window(
                 self.seed, poll.order, number, size, self.settings, self.flat.buffer
             )
+        elif self._window.index.device != self.flat.buffer.device:  # the model has moved
+            tensors = (tensor.to(self.flat.buffer.device) for tensor in self._window[1:])
+            self._window = Window(number, *tensors)
         return self._window
 
     def points(self, poll: PollState, index: Tensor, delta: Tensor, losses: Tensor) -> list:

@@ -171,12 +171,13 @@ def best_improvement(losses: Tensor, bar: float) -> Decision:
     losses = losses.double()
     finite = losses.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
     best = finite.argmin()
-    return _decision(losses, best, finite[best] < bar)
+    return _decision(losses, best, finite.take(best) < bar)
 
 
 def _decision(losses: Tensor, place: Tensor, success: Tensor) -> Decision:
     """The decision for the trial point at ``place``, read from the device in one sync."""
-    values = [place, success, losses[place], losses.isnan().sum()]
+    # Not losses[place], which would wait for the device to know where.
+    values = [place, success, losses.take(place), losses.isnan().sum()]
     place, success, loss, nan = torch.stack([value.double() for value in values]).tolist()
     if not success:
         return Decision(None, math.nan, len(losses), int(nan))

@@ -16,7 +16,6 @@ from psfast.search import acceptance_bar, kept_places
 
 _CAPACITY = 4096  # trial points that the device holds at a time
 _ROUND = 32  # replays between two looks at the losses, where the caller may stop early
-_WARM_UP = 3  # evaluations before the capture, for the libraries' lazy initialisation
 
 
 class Cursor(NamedTuple):
@@ -190,7 +189,8 @@ class GraphObjective(SerialObjective):
         self._seed_all()
         before, versions = self.flat.buffer.clone(), [p._version for p in self.params]
         try:
-            loss = self.closure()
+            with self._held_in_place():
+                loss = self.closure()
         except RuntimeError as error:
             if "does not require grad" in str(error):
                 raise ValueError("the closure runs backward()") from error
@@ -207,19 +207,12 @@ class GraphObjective(SerialObjective):
             )
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        device = self.flat.buffer.device
-        with self._evaluation(), torch.cuda.device(device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(_WARM_UP):
-                    self._step()
-            torch.cuda.current_stream().wait_stream(side)
-            try:
-                return captured(self._step, device)
-            except RuntimeError as error:
-                reason = str(error).strip().splitlines()[0]
-                raise ValueError(f"the closure cannot be captured: {reason}") from error
+        try:
+            with self._evaluation():
+                return captured(self._step, self.flat.buffer.device)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"the closure cannot be captured: {reason}") from error
 
 
 def _any_below(losses: Tensor, bar: float | None) -> bool:

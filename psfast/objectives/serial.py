@@ -4,7 +4,7 @@ import ctypes
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from psfast import random_state
 from psfast.flat import FlatParameters, trainable
 from psfast.objectives.base import CompositeLoss, Objective, check_block, check_point
+from psfast.objectives.surroundings import full_float32, uncached_autocast
 from psfast.objectives.watch import Watch
 
 _BACKWARD = (
@@ -21,6 +22,7 @@ _BACKWARD = (
 )
 _CELLS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 _version = attrgetter("_version")
+_address = methodcaller("data_ptr")
 
 
 class SerialObjective(Objective):
@@ -54,7 +56,7 @@ class SerialObjective(Objective):
 
     def __call__(self) -> Tensor:
         self._take_up()
-        with self._evaluation(), self._found_buffers():
+        with self._evaluation(), self._found_buffers(), self._held_in_place():
             return torch.tensor(self._evaluate(), dtype=torch.float64)
 
     def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
@@ -80,10 +82,11 @@ class SerialObjective(Objective):
         check_point(index, delta, self.flat.size)
         self._take_up()
         buffer = self.flat.buffer
+        index, delta = index.to(buffer.device), delta.to(buffer)
         with self._evaluation():
             saved = buffer[index]
             try:
-                buffer[index] = saved + delta.to(buffer.dtype)
+                buffer[index] = saved + delta
                 return torch.tensor(self._evaluate(), dtype=torch.float64)
             finally:
                 buffer[index] = saved
@@ -91,9 +94,10 @@ class SerialObjective(Objective):
     def accept(self, index: Tensor, delta: Tensor) -> None:
         check_point(index, delta, self.flat.size)
         was, self._is_incumbent = self._is_incumbent, False
+        index, delta = index.to(self.flat.buffer.device), delta.to(self.flat.buffer)
         self.flat.add(index, delta)
         if was:
-            self._incumbent.index_add_(0, index, delta.to(self._incumbent.dtype))
+            self._incumbent.index_add_(0, index, delta)
             self._is_incumbent = True
 
     def _take_up(self) -> None:
@@ -155,8 +159,26 @@ class SerialObjective(Objective):
     @contextmanager
     def _evaluation(self):
         """No gradients, neither recorded nor left behind; the global random state as it was."""
-        with torch.no_grad(), random_state.kept(self.flat.buffer.device), self._no_gradients_left():
+        device = self.flat.buffer.device
+        with (
+            torch.no_grad(),
+            full_float32(device),
+            uncached_autocast(),
+            random_state.kept(device),
+            self._no_gradients_left(),
+        ):
             yield
+
+    @contextmanager
+    def _held_in_place(self):
+        """Raise ValueError if the closure moves the parameters away from where we change them."""
+        before = list(map(_address, self.params))
+        yield
+        if before != list(map(_address, self.params)):
+            raise ValueError(
+                "the closure moves its parameters to other memory, as an RNN's "
+                "flatten_parameters() does on a GPU: call such before the search, not in forward()"
+            )
 
     @contextmanager
     def _found_buffers(self):

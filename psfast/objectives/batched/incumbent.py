@@ -307,8 +307,11 @@ def has_bits(value, base) -> bool:
 
 def _draws_nothing(node: Node) -> bool:
     """Whether an op that may draw random numbers is called with a drop probability of 0."""
-    name = node.op._schema.name
-    return "attention" in name and not any(a for a in node.args[3:4])
+    names = [argument.name for argument in node.op._schema.arguments]
+    if "dropout_p" not in names:
+        return False
+    place = names.index("dropout_p")
+    return not (node.args[place] if place < len(node.args) else node.kwargs.get("dropout_p"))
 
 
 def _as_the_model(node: Node, args: list, kwargs: dict):

@@ -192,5 +192,7 @@ def _nll_loss(node, K, x, target, weight, reduction, ignore_index):
     picked = x.tensor.flatten(1).index_select(1, places)
     if weight is not None:
         picked = picked * weights
-    loss = picked.neg_().sum(1)
+    # A GPU cuts a sum by how many there are, K of them here: in float64 that shows no more.
+    exact = picked.dtype if picked.device.type == "cpu" else torch.float64
+    loss = picked.neg_().sum(1, dtype=exact).to(dtype)
     return (loss.div_(total) if reduction == 1 else loss, None)

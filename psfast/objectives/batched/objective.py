@@ -1,5 +1,6 @@
 """``BatchedObjective``: K trial points as one forward pass, from the changed tensor on."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from psfast.objectives.batched.trace import (
     trace,
 )
 from psfast.objectives.batched.workspace import checked_workspace
+from psfast.objectives.surroundings import full_float32
 from psfast.objectives.watch import Watch
 
 _CACHED = 1 << 20  # bytes that a value of a chunk takes on average, a core: more misses its cache
@@ -31,6 +33,15 @@ _SPARSE_CACHED = 16 << 20  # the same of all values of the sparse part together
 _TEMPORARY = 4  # as often its values' bytes the sparse part takes on the way
 _SMALL_GROUP = 32  # trial points of one tensor that are worth a program of their own
 _FEW = 16  # trial points that are sorted sooner in Python than by tensor operations
+
+
+def _evaluating(method: Callable) -> Callable:
+    @functools.wraps(method)
+    def evaluate(self, *args, **kwargs):
+        with torch.no_grad(), full_float32(self.flat.buffer.device):
+            return method(self, *args, **kwargs)
+
+    return evaluate
 
 
 class BatchedObjective(Objective):
@@ -76,12 +87,12 @@ class BatchedObjective(Objective):
 
     # --- what the search calls ------------------------------------------------------------
 
-    @torch.no_grad()
+    @_evaluating
     def __call__(self) -> Tensor:
         self._follow()
         return self._incumbent.loss.clone()
 
-    @torch.no_grad()
+    @_evaluating
     def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
         check_block(index, delta, self.flat.size)
         self._follow()
@@ -97,7 +108,7 @@ class BatchedObjective(Objective):
             self._group(plan, at, delta[which], which, losses)
         return losses
 
-    @torch.no_grad()
+    @_evaluating
     def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
         check_point(index, delta, self.flat.size)
         self._follow()
@@ -121,7 +132,7 @@ class BatchedObjective(Objective):
         self._incumbent.touch(self._tensors_of(index))
         self.flat.add(index.to(device), delta.to(device))
 
-    @torch.no_grad()
+    @_evaluating
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
         if self._evaluator.graph.fixed_batch:
             self._traced_for = None
@@ -135,7 +146,7 @@ class BatchedObjective(Objective):
 
     # --- the incumbent ------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @_evaluating
     def _build(self) -> None:
         self._traced_for = None
         self.device = self.flat.buffer.device
@@ -375,14 +386,16 @@ class BatchedObjective(Objective):
             size *= 2
         if size > least and count < size * 3 // 4:
             size //= 2
-        while size < most and not self._is_steady(plan, size):
+        enough = size
+        while not self._is_steady(plan, size):
+            if size == most:
+                self._warn_once(
+                    "bits",
+                    "the last bits of a trial point's loss may depend on its block: this model has "
+                    "an operation that computes the incumbent by other code than its trial points",
+                )
+                return enough
             size *= 2
-        if size == most and not self._is_steady(plan, size):
-            self._warn_once(
-                "bits",
-                "the last bits of a trial point's loss may depend on its block: this model has "
-                "an operation that computes the incumbent by other code than its trial points",
-            )
         return size
 
     def _most(self, plan: Plan) -> int:

@@ -203,7 +203,9 @@ def plain_kernels():
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_encoder)
         stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        # Not cudnn.flags: it also reads TF32's old switch, which fails where the new ones differ.
+        stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
+        torch.backends.cudnn.enabled = False
         yield
 
 
@@ -212,6 +214,33 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _gru_cell(from_input, from_hidden, hidden, input_bias=None, hidden_bias=None):
+    """The GPU's op for a step of a GRU (its work space, of no use here, is left out)."""
+    reset_i, update_i, new_i = _plus(from_input, input_bias).chunk(3, 1)
+    reset_h, update_h, new_h = _plus(from_hidden, hidden_bias).chunk(3, 1)
+    reset, update = (reset_i + reset_h).sigmoid(), (update_i + update_h).sigmoid()
+    new = (new_i + reset * new_h).tanh()
+    return (hidden - new) * update + new, hidden
+
+
+def _lstm_cell(from_input, from_hidden, cell, input_bias=None, hidden_bias=None):
+    """The same of an LSTM."""
+    gates = _plus(from_input, input_bias) + _plus(from_hidden, hidden_bias)
+    keep, forget, new, out = gates.chunk(4, 1)
+    cell = forget.sigmoid() * cell + keep.sigmoid() * new.tanh()
+    return out.sigmoid() * cell.tanh(), cell, cell
+
+
+def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias
+
+
+_FUSED_CELLS = {
+    aten._thnn_fused_gru_cell.default: _gru_cell,
+    aten._thnn_fused_lstm_cell.default: _lstm_cell,
+}
 
 
 def trace(loss: nn.Module, inputs, targets, device) -> Graph:
@@ -238,7 +267,7 @@ def trace(loss: nn.Module, inputs, targets, device) -> Graph:
         """The first takes composite ops apart, which may write in place to views; the second
         sees every write and turns it into a new value."""
         flat, tree = pytree.tree_flatten(example())
-        table = {aten.linear.default: _linear}
+        table = {aten.linear.default: _linear, **_FUSED_CELLS}
         first = make_fx(lambda *a: run(*pytree.tree_unflatten(a, tree)), table)(*flat)
         functional = functionalize(first, remove="mutations")
         return make_fx(functional)(*pytree.tree_leaves(example()))
@@ -247,6 +276,7 @@ def trace(loss: nn.Module, inputs, targets, device) -> Graph:
         with plain_kernels(), seeded(0, device):
             traced = run_under(NoReadValues(live), both_passes)
         _fold_expanded_products(traced.graph)
+        _separate_dropout_masks(traced.graph)
         return _read(traced, live, len(places))
     except Exception as error:  # whatever a user's forward raises, tracing is not for it
         reason = str(error).strip().splitlines()
@@ -274,6 +304,25 @@ def _fold_expanded_products(graph: torch.fx.Graph) -> None:
             product = graph.call_function(aten.mm.default, (flat, weight))
             out = graph.call_function(aten.view.default, (product, [n, rows, _shape(weight)[1]]))
         bmm.replace_all_uses_with(out)
+
+
+def _separate_dropout_masks(graph: torch.fx.Graph) -> None:
+    """``native_dropout``, as dropout is on a GPU, times a mask that no value changes.
+
+    Drawn by the same op of ones, it is the mask that the model itself draws.
+    """
+    for dropout in graph.find_nodes(op="call_function", target=aten.native_dropout.default):
+        x, p, train = dropout.args
+        read = [result for result in dropout.users if result.users]
+        if not train or any(result.args[1] != 0 for result in read):
+            continue
+        with graph.inserting_before(dropout):
+            ones = graph.call_function(aten.ones_like.default, (x,))
+            drawn = graph.call_function(aten.native_dropout.default, (ones, p, True))
+            mask = graph.call_function(operator.getitem, (drawn, 0))
+            out = graph.call_function(aten.mul.Tensor, (x, mask))
+        for result in read:
+            result.replace_all_uses_with(out)
 
 
 def _shape(node: torch.fx.Node) -> list[int]:

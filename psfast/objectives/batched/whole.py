@@ -94,9 +94,10 @@ class VmapObjective(Objective):
         check_point(index, delta, self.flat.size)
         self._follow()
         buffer = self.flat.buffer
+        index, delta = index.to(buffer.device), delta.to(buffer)
         saved = buffer[index]
         try:
-            buffer[index] = saved + delta.to(buffer.dtype)
+            buffer[index] = saved + delta
             return self._plain()
         finally:
             buffer[index] = saved
@@ -106,7 +107,7 @@ class VmapObjective(Objective):
         check_point(index, delta, self.flat.size)
         self._follow()
         self._incumbent = None
-        self.flat.add(index, delta)
+        self.flat.add(index.to(self.flat.buffer.device), delta.to(self.flat.buffer))
 
     @torch.no_grad()
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
