@@ -161,7 +161,21 @@ def run_blocks(
                 u = tl.zeros((M,), tl.float32)
                 reached = is_row
             else:
-                u = moved_by(kind, layer, row, source, delta, columns_ptr, R, rows, HIDDEN, COLUMNS)
+                u = moved_by(
+                    kind,
+                    layer,
+                    row,
+                    source,
+                    delta,
+                    columns_ptr,
+                    keep_ptr,
+                    R,
+                    rows,
+                    HIDDEN,
+                    COLUMNS,
+                    DP,
+                    DROPOUT,
+                )
                 if (kind == TOKEN) | (kind == POSITION):
                     u = tl.where(tl.where(kind == TOKEN, token, position) == row, u, 0.0)
                 if (kind == QKV_BIAS) & (part == 1):

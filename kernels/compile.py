@@ -2,7 +2,9 @@
 
 Needs Triton and its ptxas, no GPU. Prints registers, spills and shared memory of each, and
 exits with 1 if a configuration spills where it counts (trial points in the default mode), needs
-more shared memory than the chip has, or makes ptxas serialise wgmma (C7512).
+more shared memory than the chip has, or makes ptxas serialise wgmma (C7512). "repeat": how often
+the most repeated product of rows and weights is computed; 2 where the warps are so many that two
+groups of them take the same rows.
 """
 
 import re
@@ -21,7 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-SHARED_MEMORY = {80: 166_912, 90: 232_448}
+# The cuts for sm_80 are taken by consumer chips as well, which have less: sm_86, sm_89, sm_120.
+SHARED_MEMORY = {80: 101_376, 90: 232_448}
 DEFAULT_MODE = plan.MODES[0]
 _KERNELS = {
     "blocks": blocks.run_blocks,
@@ -56,7 +59,6 @@ _TYPES = {
     "eps": "fp32",
     "scale": "fp32",
     "inv_keep": "fp32",
-    "count": "fp32",
 }
 _UNALIGNED = ("index_ptr", "change_ptr", "out_ptr")
 _DIVISIBLE = ("R",)
@@ -79,6 +81,7 @@ class Result(NamedTuple):
     spill: int
     shared: int
     serialised: bool
+    repeat: float = 1.0
 
     def faults(self, case: Case) -> list[str]:
         found = ["spills"] if case.strict and self.spill else []
@@ -171,7 +174,8 @@ def compile_case(case: Case) -> Result:
             "enable_fp_fusion": True,
         },
     )
-    return read_ptxas(compiled.asm["ptx"], case.arch, compiled.metadata.shared)
+    found = read_ptxas(compiled.asm["ptx"], case.arch, compiled.metadata.shared)
+    return found._replace(repeat=most_repeated(compiled.asm["ttgir"]))
 
 
 def read_ptxas(ptx: str, arch: int, shared: int) -> Result:
@@ -187,10 +191,33 @@ def read_ptxas(ptx: str, arch: int, shared: int) -> Result:
     return Result(int(registers[1]), sum(map(int, spilled)), shared, "C7512" in said)
 
 
+_LAYOUT = re.compile(
+    r"(#mma\d*) = #ttg\.nvidia_mma<.*?warpsPerCTA = \[([\d, ]+)\].*?instrShape = \[([\d, ]+)\]"
+)
+_PRODUCT = re.compile(r"(?:warp_group_dot|tt\.dot) .*-> tensor<(\d+)x(\d+)xf32, (#mma\d*)>")
+
+
+def most_repeated(ttgir: str) -> float:
+    """How often the most repeated product of two matrices is computed: 1 where the warps' parts
+    cover the tile once. (Attention's products, in three dimensions, are small.)"""
+    parts = {}
+    for name, warps, instruction in _LAYOUT.findall(ttgir):
+        both = zip(warps.split(","), instruction.split(","), strict=False)
+        parts[name] = [int(count) * int(size) for count, size in both]
+    return max(
+        (
+            max(1.0, parts[name][0] / int(rows)) * max(1.0, parts[name][1] / int(columns))
+            for rows, columns, name in _PRODUCT.findall(ttgir)
+        ),
+        default=1.0,
+    )
+
+
 def report(chosen: Iterable[Case]) -> list[str]:
     """Compile, print a line each; returns the faults."""
     print(f"triton {triton.__version__}; spill: bytes of spill stores and loads")
-    print(f"{'chip':5} {'kernel':46} {'warps':>5} {'regs':>5} {'spill':>6} {'shared':>8}")
+    heads = f"{'warps':>5} {'regs':>5} {'spill':>6} {'shared':>8} {'repeat':>6}"
+    print(f"{'chip':5} {'kernel':46} {heads}")
     faults, chosen = [], list(chosen)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for case, result in zip(chosen, pool.map(compile_case, chosen), strict=True):
@@ -198,7 +225,8 @@ def report(chosen: Iterable[Case]) -> list[str]:
             faults += [f"sm_{case.arch} {case.name}: {fault}" for fault in found]
             print(
                 f"sm_{case.arch} {case.name:46} {case.warps:5} {result.registers:5} "
-                f"{result.spill:6} {result.shared:8} {'; '.join(found)}".rstrip(),
+                f"{result.spill:6} {result.shared:8} {result.repeat:6g} "
+                f"{'; '.join(found)}".rstrip(),
                 flush=True,
             )
     return faults

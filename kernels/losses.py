@@ -25,15 +25,16 @@ def reduce_losses(
     incumbent_ptr,  # (parts,) float64: summed loss of the incumbent
     partial_ptr,  # (K, parts) fp32: differences
     loss_ptr,  # (K,) float64
+    count_ptr,  # (1,) fp32: supervised rows
     K,
     parts,
-    count,  # supervised rows
     BLOCK: tl.constexpr,
 ):
     """loss[k] = (sum(incumbent) + sum(partial[k])) / count, added in float64, part by part."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = k < K
     incumbent, change = _sums(incumbent_ptr, partial_ptr, k, inside, parts, BLOCK)
+    count = tl.load(count_ptr)
     tl.store(loss_ptr + k, (incumbent + change) / count, mask=inside)
 
 
@@ -53,9 +54,9 @@ def take_first(
     first_ptr,  # (1,) int32: the first block that the next incumbent's cache has to compute
     summed_ptr,  # (parts,) float64
     partial_ptr,  # (K, parts) fp32
+    count_ptr,  # (1,) fp32: supervised rows
     K,
     parts,
-    count,
     n_layers,
     BLOCK: tl.constexpr,  # >= K
 ):
@@ -75,6 +76,7 @@ def take_first(
     k = tl.arange(0, BLOCK)
     is_in = (k < K) & (decided + k < tl.where(accepted < most, end, 0))
     incumbent, change = _sums(summed_ptr, partial_ptr, k, k < K, parts, BLOCK)
+    count = tl.load(count_ptr)
     losses = (incumbent + change) / count
     before = tl.sum(tl.where(k == 0, incumbent / count, 0.0), 0)
     if accepted > 0:

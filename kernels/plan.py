@@ -68,35 +68,37 @@ def padded_positions(T: int) -> int:
 
 # (compute capability, padded d_model, positions) -> how ``blocks`` is cut, and without the
 # positions ``tail``. Each is free of spills in fp16x3 and fits into shared memory:
-# `python -m psfast.kernels.compile` checks all of them.
+# `python -m psfast.kernels.compile` checks all of them. Four warps a tile of 64 rows: eight would
+# compute some products twice (which only the one for 64 positions bears; with four it spills).
 BLOCKS = {
     (9, 64, 16): Cut(64, 4, hidden=32, queries=32),
-    (9, 64, 32): Cut(64, 8, hidden=64, queries=32),
+    (9, 64, 32): Cut(64, 4, hidden=64, queries=32),
     (9, 64, 64): Cut(64, 8, hidden=32, queries=32, staged=16),
-    (9, 128, 16): Cut(64, 8, hidden=64, queries=32, staged=64),
-    (9, 128, 32): Cut(64, 8, hidden=64, queries=32, staged=64),
+    (9, 128, 16): Cut(64, 4, hidden=64, queries=32, staged=32),
+    (9, 128, 32): Cut(64, 4, hidden=32, queries=16, staged=32),
     (9, 256, 16): Cut(32, 8, hidden=64, queries=64, staged=64),
     (9, 256, 32): Cut(32, 8, hidden=64, queries=64, staged=64),
     (8, 64, 16): Cut(64, 4, hidden=16, staged=32),
-    (8, 64, 32): Cut(32, 4, hidden=32),
-    (8, 128, 16): Cut(32, 8, hidden=64, queries=32, staged=64),
-    (8, 128, 32): Cut(32, 8, hidden=64, queries=32, staged=32),
+    (8, 64, 32): Cut(32, 4, hidden=32, queries=64),
+    (8, 128, 16): Cut(32, 8, hidden=64, queries=64, staged=64),
+    (8, 128, 32): Cut(32, 8, hidden=64, queries=64, staged=64),
     (8, 256, 16): Cut(32, 8, hidden=64, queries=64, staged=64),
     (8, 256, 32): Cut(32, 8, hidden=64, queries=64, staged=64),
 }
 TAILS = {
     (9, 64): Cut(64, 4, hidden=64, vocabulary=128),
-    (9, 128): Cut(64, 8, hidden=64, vocabulary=64),
+    (9, 128): Cut(32, 4, hidden=64, vocabulary=64, staged=64),
     (9, 256): Cut(32, 8, hidden=64, vocabulary=128, staged=64),
     (8, 64): Cut(32, 4, hidden=64, vocabulary=128),
-    (8, 128): Cut(32, 8, hidden=64, vocabulary=64),
+    (8, 128): Cut(32, 8, hidden=64, vocabulary=64, staged=64),
     (8, 256): Cut(32, 8, hidden=64, vocabulary=64, staged=64),
 }
 
 
 def choose_config(sizes: Sizes, capability: int, mode: str) -> Config | None:
     """The configuration for these sizes; None if there is none."""
-    chip, width = min(capability, 9), max(64, sizes.padded_model)
+    # wgmma is Hopper's alone; what came after it has mma, as Ampere has.
+    chip, width = 9 if capability == 9 else min(capability, 8), max(64, sizes.padded_model)
     chosen = BLOCKS.get((chip, width, sizes.positions))
     if chosen is None:
         return None
@@ -187,8 +189,8 @@ class Rows(NamedTuple):
         and whether a supervised row can see this one
     packed: (2, C) int32: a supervised row's place among the R (-1: padding), and its target
     keep: (L, R, DP) int8 dropout masks, or one element without dropout
+    count: (1,) float32: supervised rows
     inv_keep: 1 / (1 - dropout)
-    count: supervised rows
     groups: of sequences; each fills a tile of ``blocks``
     each: packed rows of a trial point in a tile of ``tail``
     """
@@ -196,8 +198,8 @@ class Rows(NamedTuple):
     about: Tensor
     packed: Tensor
     keep: Tensor
+    count: Tensor
     inv_keep: float
-    count: int
     groups: int
     each: int
 
@@ -209,8 +211,8 @@ class Rows(NamedTuple):
     def take_over(self, other: "Rows") -> bool:
         """Become another batch in place, where a captured graph reads it; False if it differs
         in more than what the tensors hold."""
-        tensors = list(zip(self[:3], other[:3], strict=True))
-        if self[3:] != other[3:] or any(mine.shape != its.shape for mine, its in tensors):
+        tensors = list(zip(self[:4], other[:4], strict=True))
+        if self[4:] != other[4:] or any(mine.shape != its.shape for mine, its in tensors):
             return False
         for mine, its in tensors:
             mine.copy_(its)
@@ -306,7 +308,9 @@ class TransformerPlan:
         else:
             keep = F.pad(masks.to(torch.int8), (0, DP - self.sizes.d_model, *pad))
         about = torch.stack([tokens, place, seen])
-        return Rows(about, packed, keep.contiguous(), 1.0 / (1.0 - dropout), count, groups, each)
+        counted = torch.full((1,), count, dtype=torch.float32, device=self.device)
+        inv_keep = 1.0 / (1.0 - dropout)
+        return Rows(about, packed, keep.contiguous(), counted, inv_keep, groups, each)
 
     def cache_sizes(self, rows: Rows) -> dict[str, int]:
         """Elements of every tensor of a ``Cache``."""
@@ -350,6 +354,8 @@ class TransformerPlan:
                 cache.hi,
                 cache.lo,
                 size,
+                first,
+                self.sizes.n_layers,
                 SCALE=WEIGHT_SCALE,
                 BLOCK=1024,
             )
@@ -493,7 +499,7 @@ class TransformerPlan:
         loss = torch.empty(K, dtype=torch.float64, device=self.device)
         with torch.cuda.device_of(partial):
             losses.reduce_losses[(-(-K // 128),)](
-                cache.summed, partial, loss, K, rows.parts, float(rows.count), BLOCK=128
+                cache.summed, partial, loss, rows.count, K, rows.parts, BLOCK=128
             )
         return loss
 

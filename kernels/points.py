@@ -136,11 +136,13 @@ def first_block(kind, layer, n_layers):
 
 
 @triton.jit
-def moved_by(kind, layer, row, source, delta, columns_ptr, R, rows, HIDDEN, COLUMNS):
+def moved_by(
+    kind, layer, row, source, delta, columns_ptr, keep_ptr, R, rows, HIDDEN, COLUMNS, DP, DROPOUT
+):
     """How far the change moves each of ``rows`` (M,) along one direction.
 
     The direction is the changed output's; of the feed-forward's first layer, the changed hidden
-    unit's weights out.
+    unit's weights out. A row whose changed output is dropped is not moved.
     """
     is_ff1 = is_of(kind, FF1_WEIGHT)
     # Where there is nothing to read, the first column is read for nothing: the interpreter of
@@ -148,6 +150,11 @@ def moved_by(kind, layer, row, source, delta, columns_ptr, R, rows, HIDDEN, COLU
     u = tl.load(columns_ptr + tl.where(source >= 0, source, 0) * R + rows)
     u = tl.where(source >= 0, u, 1.0)
     u = tl.where((kind == FF2_WEIGHT) & (u < 0), 0.0, u) * delta
+    if DROPOUT:
+        is_ff2 = is_of(kind, FF2_WEIGHT)
+        at = tl.where(is_ff2, layer * R * DP + row, 0)
+        keep = tl.load(keep_ptr + at + rows * DP)
+        u = tl.where(is_ff2 & (keep == 0), 0.0, u)
     hidden = tl.where(is_ff1, layer * COLUMNS + HIDDEN + row, 0)
     hidden = tl.load(columns_ptr + hidden * R + rows)
     changed = hidden + u

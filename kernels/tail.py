@@ -186,7 +186,21 @@ def run_tail(
             is_new = todo & is_behind_attention(kind, slot, n_layers)
             kind = tl.where(is_new, kind, -1)
             source = tl.where(is_new, source, -1)
-            u = moved_by(kind, last, row, source, delta, columns_ptr, R, at_row, HIDDEN, COLUMNS)
+            u = moved_by(
+                kind,
+                last,
+                row,
+                source,
+                delta,
+                columns_ptr,
+                keep_ptr,
+                R,
+                at_row,
+                HIDDEN,
+                COLUMNS,
+                DP,
+                DROPOUT,
+            )
             u = tl.where(is_new, u, 0.0)
             marks = reached_ptr + k * C + packed
             reached = tl.load(marks, mask=todo & (is_new == 0), other=0) != 0

@@ -182,6 +182,25 @@ def test_exact_no_ops_have_the_incumbents_loss():
     assert tiny.item() == objective().item()  # lost in the rounding of the parameter
 
 
+def test_what_dropout_drops_is_an_exact_no_op():
+    objective = FusedCudaObjective(*problem(**TWO_BLOCKS, dropout=0.8), seed=3)
+    masks = objective._masks(objective.inputs.shape, 0.8)
+    read = objective.targets != 100
+    offsets = dict(zip(objective.params, objective.flat.offsets[:-1], strict=False))
+    index = []
+    for block, (layer, mask) in enumerate(zip(objective.model.blocks, masks, strict=True)):
+        # What the last block's other rows pass on, nobody reads.
+        kept = mask[read].any(0) if block == len(masks) - 1 else mask.flatten(0, 1).any(0)
+        dropped = (~kept).nonzero()[:, 0]
+        assert len(dropped)
+        for row in dropped.tolist():
+            index += [offsets[layer.ff[2].bias] + row, offsets[layer.ff[2].weight] + 4 * row]
+    index = torch.tensor(index)
+    losses = objective.losses(index, torch.full((len(index),), 0.1))
+    assert torch.equal(losses, objective().expand(len(index)))
+    check(objective, index, torch.full((len(index),), 0.1))
+
+
 def test_accept_loss_at_and_foreign_changes():
     objective = FusedCudaObjective(*problem(**SIZES["three tiles"]), seed=2)
     index, delta = points(objective, 1)
@@ -257,6 +276,15 @@ def test_another_batch_another_mask_and_no_dropout():
     assert objective().item() == pytest.approx(expected, abs=2e-6)
     objective.set_batch(inputs, torch.full_like(targets, 100))
     assert math.isnan(objective().item())
+
+
+def test_another_number_of_supervised_rows_stays_in_place():
+    objective = FusedCudaObjective(*problem(**MANY_ROWS))
+    rows, targets = objective._rows, objective.targets.clone()
+    targets[1, 3:9] = 100
+    objective.set_batch(objective.inputs, targets)
+    assert objective._rows is rows  # so a captured graph goes on
+    assert objective().item() == pytest.approx(BruteForce(objective)(), abs=2e-6)
 
 
 def test_frozen_parameters_are_read_and_not_counted():

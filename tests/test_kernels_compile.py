@@ -19,7 +19,20 @@ def test_the_small_models_kernels(capsys):
         chosen.append(ahead_of_time.blocks_case(capability, 64, 16, **kind))
         chosen.append(ahead_of_time.tail_case(capability, 64, 102, **kind))
     assert ahead_of_time.report(chosen) == []
-    assert capsys.readouterr().out.count("sm_") == len(chosen)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line[:3] == "sm_"]
+    assert len(lines) == len(chosen)
+    assert {line[-1] for line in lines} == {"1"}  # no product is computed twice
+
+
+def test_products_that_are_computed_twice_are_seen():
+    layout = (
+        "#mma1 = #ttg.nvidia_mma<{versionMajor = 3, warpsPerCTA = [8, 1], instrShape = [16, %d]}>"
+    )
+    product = "%1 = ttng.warp_group_dot %2, %3, %4 : x -> tensor<64x32xf32, #mma1> loc(#loc9)"
+    for columns, expected in ((32, 2), (64, 4)):
+        text = f"{layout % columns}\n{product}"
+        assert ahead_of_time.most_repeated(text) == expected
+    assert ahead_of_time.most_repeated(text.replace("64x32", "2x64x64")) == 1
 
 
 def test_what_counts_as_a_fault():

@@ -17,15 +17,17 @@ from psfast.ops import FusedPlan
 from psfast.random_state import seeded
 
 _INT32 = 2**31 - 1
+_GRID = 65_535  # programs in a grid's second dimension
 _checked: set[tuple] = set()  # the kernels that have computed the right losses in this process
 
 
 class FusedCudaObjective(FusedModelObjective):
     """``MaskedCrossEntropy(model(inputs), targets)``, whole blocks of trial points at a time.
 
-    model: a ``DecoderOnlyTransformer`` in float32 on a CUDA device, d_model <= 256
+    model: a ``DecoderOnlyTransformer`` in float32 on a CUDA device, of compute capability 8.0 or
+        more, d_model <= 256
     criterion: a ``MaskedCrossEntropy``
-    inputs, targets: (B, T) int64, T <= 128
+    inputs, targets: (B, T) int64; T <= 32, with d_model <= 64 on a Hopper chip T <= 64
     params: those that ``index`` counts through, in order; default: all trainable ones
     seed: of the dropout mask, the same one that a forward pass under this seed would draw
     precision: "fp16x3" (three tensor-core passes over fp16 halves; what leaves fp16's range
@@ -169,6 +171,8 @@ class FusedCudaObjective(FusedModelObjective):
         largest = max(sizes_of(rows).values())
         if largest > _INT32:
             raise ValueError(f"the cache of this batch needs {largest} > {_INT32} elements")
+        if max(rows.groups, rows.parts) > _GRID:
+            raise ValueError(f"the batch must have B <= {_GRID} sequences, got {len(inputs)}")
         if self._cache is None or sizes_of(rows) != sizes_of(self._rows):
             self._cache, self._trial_cache = self._plan.new_cache(rows), None
         if self._rows is None or not self._rows.take_over(rows):
@@ -190,7 +194,7 @@ class FusedCudaObjective(FusedModelObjective):
         """Raise ValueError if the kernels get a loss wrong; once for each that was compiled."""
         plan, rows = self._plan, self._rows
         kernels = (plan.device, plan.sizes, plan.config, plan.mode, rows.each)
-        if kernels in _checked or not rows.count:
+        if kernels in _checked or not rows.count.item():
             return
         mask = None if masks is None else masks * rows.inv_keep
         sizes = sizes_of(self.model, self.criterion)
