@@ -1,6 +1,7 @@
 """Work on a CUDA device as one graph."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -18,12 +19,14 @@ def captured(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDAG
     with torch.cuda.device(device):
         caller, side = torch.cuda.current_stream(), _side_stream(device)
         side.wait_stream(caller)
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                step()
-            with _no_host_sync():  # found here, it costs an exception; in a capture, much more
-                step()
-        caller.wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    step()
+                with _no_host_sync():  # found here, it costs an exception; in a capture, much more
+                    step()
+        finally:
+            caller.wait_stream(side)
         try:
             # Other threads may go on meanwhile, a DataLoader's that pins memory say.
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
@@ -49,7 +52,9 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 @contextmanager
 def _no_host_sync():
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it does not see every such operation
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
