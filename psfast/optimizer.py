@@ -495,7 +495,7 @@ class PatternSearch(torch.optim.Optimizer):
         own = {name: value for name, value in vars(self).items() if name not in _NOT_COPIED}
         return {
             **{name: value for name, value in own.items() if not name.startswith("_optimizer_")},
-            "slopes": self._rule.state_dict(),
+            "slopes": self._rule.state_dict(self._poll),
         }
 
     def __setstate__(self, state: dict) -> None:
@@ -518,14 +518,18 @@ class PatternSearch(torch.optim.Optimizer):
         Loaded beside the parameters of the same moment, in either order, the search goes on
         bit for bit, also from the middle of a poll.
         """
+        if self._fingerprint is None:
+            self._follow_parameters()
         state = super().state_dict()
         state["search"] = {
             **self._poll._asdict(),
             "seed": self.seed,
             "size": self._flat.size,
-            "fingerprint": self._flat.fingerprint(),
+            "fingerprint": (
+                self._flat.fingerprint() if self._fingerprint is None else self._fingerprint
+            ),
         }
-        learned = self._rule.state_dict()
+        learned = self._rule.state_dict(self._poll)
         if learned:
             state["slopes"] = learned
         return state

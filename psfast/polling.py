@@ -62,7 +62,7 @@ class CompletePoll:
         """The state after the block, and whether the poll has failed."""
         return search.advance(poll, decision, 2 * self.flat.size)
 
-    def state_dict(self) -> dict:
+    def state_dict(self, poll: PollState) -> dict:
         return {}
 
     def load_state_dict(self, poll: PollState, state: dict) -> None:
@@ -101,16 +101,19 @@ class WorkingSetPoll:
         return window.index[self._place], sign.to(self.flat.buffer.dtype)
 
     def _current(self, poll: PollState) -> Window:
-        size, count = self.flat.size, self.settings.working_set
-        number = poll.window % search_simplex.window_count(size, count)
+        number = self._number(poll)
         if self._window is None or self._window.number != number:
             self._window = search_simplex.new_window(
-                self.seed, poll.order, number, size, self.settings, self.flat.buffer
+                self.seed, poll.order, number, self.flat.size, self.settings, self.flat.buffer
             )
         elif self._window.index.device != self.flat.buffer.device:  # the model has moved
             tensors = (tensor.to(self.flat.buffer.device) for tensor in self._window[1:])
             self._window = Window(number, *tensors)
         return self._window
+
+    def _number(self, poll: PollState) -> int:
+        count = search_simplex.window_count(self.flat.size, self.settings.working_set)
+        return poll.window % count
 
     def points(self, poll: PollState, index: Tensor, delta: Tensor, losses: Tensor) -> list:
         """Points along the slopes, each as (index, change).
@@ -139,9 +142,9 @@ class WorkingSetPoll:
         self._window = self._measured or self._window
         return search_simplex.advance_window(poll, decision, self._window, 2 * self.flat.size)
 
-    def state_dict(self) -> dict:
+    def state_dict(self, poll: PollState) -> dict:
         """What the working set's trial points have shown, (W,) each; {} before the first."""
-        if self._window is None:
+        if self._window is None or self._window.number != self._number(poll):  # used up
             return {}
         return {name: getattr(self._window, name).clone() for name in search_simplex.LEARNED}
 

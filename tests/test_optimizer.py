@@ -352,6 +352,38 @@ def test_a_state_is_taken_up_after_freezing_as_it_was_saved():
     assert resumed.state_dict() == optimizer.state_dict()
 
 
+def freeze(net, optimizer):
+    net[0].requires_grad_(False)
+
+
+def add_a_group(net, optimizer):
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, dtype=torch.float64))]})
+
+
+def halve_the_radius(net, optimizer):
+    optimizer.radius /= 2
+
+
+@pytest.mark.parametrize("change", [freeze, add_a_group, halve_the_radius])
+def test_a_state_saved_before_the_step_that_sees_a_change_has_it(change):
+    net, loss = regression()
+    optimizer = PatternSearch(net.parameters(), radius=2.0, max_evaluations=3)
+    for _ in range(3):
+        optimizer.step(loss)
+    change(net, optimizer)
+    state, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(net.state_dict())
+
+    other, other_loss = regression()
+    resumed = PatternSearch(other.parameters(), max_evaluations=3)
+    change(other, resumed)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state  # though its parameters are still others
+    other.load_state_dict(weights)
+    for _ in range(20):
+        assert resumed.step(other_loss) == optimizer.step(loss)
+    assert resumed.state_dict() == optimizer.state_dict()
+
+
 def pickled(pair):
     file = io.BytesIO()
     torch.save(pair, file)

@@ -416,6 +416,32 @@ def test_a_run_that_is_saved_and_resumed_continues_bit_for_bit(rule):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("n", [10, 12])  # working sets of the same size, and not
+def test_a_state_between_two_working_sets_resumes_too(n):
+    def started():
+        x = nn.Parameter(torch.zeros(n, dtype=torch.float64))
+        slope = torch.linspace(1.0, 2.0, n, dtype=torch.float64)
+        search = SimplexGradient(working_set=4)
+        optimizer = PatternSearch([x], radius=1.0, search=search, block_size=3, max_evaluations=3)
+        return x, optimizer, lambda: (slope * (x - 0.03).abs()).sum()  # most laps fail
+
+    between = 0
+    for cut in range(1, 40):
+        x, optimizer, loss = started()
+        for _ in range(cut):
+            optimizer.step(loss)
+        state = copy.deepcopy(optimizer.state_dict())
+        between += state["search"]["window"] > 0 and "slopes" not in state
+        other, resumed, other_loss = started()
+        with torch.no_grad():
+            other.copy_(x)
+        resumed.load_state_dict(state)
+        for _ in range(20):
+            assert resumed.step(other_loss) == optimizer.step(loss)
+            assert resumed.last_poll.accepted == optimizer.last_poll.accepted
+    assert between
+
+
 def test_lengths_must_be_several():
     with pytest.raises(TypeError, match="lengths must be a sequence of numbers, got 1.0"):
         SimplexGradient(lengths=1.0)
