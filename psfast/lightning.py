@@ -15,10 +15,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchmetrics import Metric
 
 from psfast.checks import check_count, check_number
 from psfast.data import ResumableLoader, StateTrackingDataset, collate
@@ -36,6 +35,7 @@ from psfast.optimizer import PatternSearch
 from psfast.random_state import seeded
 from psfast.reference import ReferencePatternSearch
 from psfast.search import derive_seed
+from psfast.trial_metrics import uncounted
 
 _LINE_SECONDS = 5.0
 
@@ -62,7 +62,8 @@ class PatternSearchMixin:
 
     Nothing else changes. With automatic optimization one training batch is one search step,
     without any backward pass. Trial points run ``training_step`` without gradients, with
-    ``self.log`` and the module's torchmetrics switched off; then ``training_step`` runs once
+    ``self.log`` switched off and with the module's torchmetrics held still (they return NaN:
+    a loss takes the functions of ``torchmetrics.functional``); then ``training_step`` runs once
     more on the accepted state, and what it logs is logged. It also updates BatchNorm
     statistics. A module whose loss is ``criterion(model(inputs), targets)`` says so in
     ``search_parts`` and gets the fast backends of ``psfast.objective``.
@@ -92,6 +93,7 @@ class PatternSearchMixin:
     def search_parts(self, batch) -> tuple[nn.Module, nn.Module, Tensor, Tensor] | None:
         """(model, criterion, inputs, targets) if ``criterion(model(inputs), targets)`` is the loss.
 
+        The same model and criterion for every batch keep what was prepared for them.
         None, the default, means that only ``training_step`` can tell the loss.
         """
         return None
@@ -101,19 +103,22 @@ class PatternSearchMixin:
 
         closure: returns the loss; it runs once more on the accepted state, and only then
             ``self.log`` and BatchNorm take notice. Or a ``psfast.objective``.
-        optimizer: default: ``self.optimizers()``
+        optimizer: default: ``self.optimizers()``; one that is not Lightning's wrapper does not
+            count in ``global_step``, as everywhere in Lightning
 
         Returns the incumbent's loss.
         """
         wrapped = self.optimizers() if optimizer is None else optimizer
-        search = wrapped.optimizer
+        search, counts = _unwrapped(wrapped), isinstance(wrapped, LightningOptimizer)
         refuse_what_cannot_work(self.trainer)
         seed = _mask_seed(search)
         # As LightningOptimizer.step does; it would hide an Objective in a closure.
-        wrapped._on_before_step()
+        if counts:
+            wrapped._on_before_step()
         with self._trials():
             loss = self._search(search, closure, steps=1)
-        wrapped._on_after_step()
+        if counts:
+            wrapped._on_after_step()
         if not isinstance(closure, Objective):
             with torch.no_grad(), seeded(seed, self.device), _without_backward():
                 closure()
@@ -122,7 +127,7 @@ class PatternSearchMixin:
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         """One batch's search steps, then ``training_step`` once more on the accepted state."""
-        search = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        search = _unwrapped(optimizer)
         if not _is_search(search):
             return super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         refuse_what_cannot_work(self.trainer)
@@ -151,6 +156,12 @@ class PatternSearchMixin:
             del self.training_step
             if own is not None:  # a compiled one
                 self.training_step = own
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles, which build an objective of their own."""
+        state = super().__getstate__()
+        state.pop("_objectives", None)
+        return state
 
     def backward(self, loss: Tensor, *args, **kwargs) -> None:
         """Nothing, if the optimizer is a search."""
@@ -195,15 +206,22 @@ class PatternSearchMixin:
         # Autocast, and the reference's own faults, live in training_step.
         if not isinstance(search, PatternSearch) or torch.is_autocast_enabled(self.device.type):
             return None
-        objectives = self._objectives
-        if objectives is None or (objectives.model, objectives.optimizer) != (model, search):
+        known = self._objectives
+        asked = (model, criterion, search)
+        if known is None or (known.model, known.criterion, known.optimizer) != asked:
             objectives = BatchObjectives(model, criterion, search, self.backend)
+            chosen = objectives.on(inputs, targets, seed)
             # Not as a submodule, and not in the module's state: it belongs to this process.
             self.__dict__["_objectives"] = objectives
-            chosen = objectives.on(inputs, targets, seed)
-            reasons = "".join(f"; not {name!r}: {why}" for name, why in chosen.why_not.items())
-            rank_zero_info(f"psfast: backend {chosen.backend!r}{reasons}")
-        return objectives.on(inputs, targets, seed)
+            if known is None:
+                reasons = "".join(f"; not {name!r}: {why}" for name, why in chosen.why_not.items())
+                rank_zero_info(f"psfast: backend {chosen.backend!r}{reasons}")
+            elif known.criterion is not criterion:
+                rank_zero_warn(
+                    "search_parts returned another criterion than before, so its objective is "
+                    "built anew: return the same object each time, unless the loss has changed"
+                )
+        return self._objectives.on(inputs, targets, seed)
 
     def _log_search(self, search) -> None:
         report = self.last_search
@@ -215,20 +233,13 @@ class PatternSearchMixin:
 
     @contextmanager
     def _trials(self):
-        """Inside, ``self.log`` and torchmetrics do nothing: most of what they would see is
-        rejected."""
-        metrics = [module for module in self.modules() if isinstance(module, Metric)]
-        updates = [metric.update for metric in metrics]
-        for metric in metrics:
-            metric.update = metric.forward = _no_metric
+        """Inside, nothing is logged or counted: most of what would be is rejected."""
         self._in_trial = True
         try:
-            yield
+            with uncounted(self):
+                yield
         finally:
             self._in_trial = False
-            for metric, update in zip(metrics, updates, strict=True):
-                metric.update = update
-                del metric.forward
 
 
 @contextmanager
@@ -446,6 +457,10 @@ class StateTrackingDataModule(L.LightningDataModule):
         return DataLoader(self.test_dataset, **self._options)
 
 
+def _unwrapped(optimizer):
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
 def _is_search(optimizer) -> bool:
     return isinstance(optimizer, (PatternSearch, ReferencePatternSearch))
 
@@ -472,10 +487,6 @@ def _without_backward():
     except RuntimeError as error:
         if "does not require grad" not in str(error):
             raise
-
-
-def _no_metric(*_args, **_kwargs) -> Tensor:
-    return torch.tensor(float("nan"))
 
 
 def refuse_what_cannot_work(trainer: L.Trainer) -> None:

@@ -1,5 +1,7 @@
 """Pattern search in Lightning: what a user's own module sees, and what is refused."""
 
+import copy
+import io
 import warnings
 
 import pytest
@@ -10,7 +12,13 @@ L = pytest.importorskip("lightning")
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint  # noqa: E402
-from torchmetrics import MeanMetric  # noqa: E402
+from torchmetrics import ClasswiseWrapper, MeanMetric, MetricCollection  # noqa: E402
+from torchmetrics.classification import (  # noqa: E402
+    BinaryAccuracy,
+    BinaryAUROC,
+    BinaryROC,
+    MulticlassAccuracy,
+)
 
 import psfast  # noqa: E402
 from psfast.callbacks import LastCheckpoint, RunSummary  # noqa: E402
@@ -155,6 +163,110 @@ def test_the_logs_show_the_accepted_state_once_a_step(tmp_path):
     assert module.net[1].num_batches_tracked == 3, "BatchNorm sees one pass a step"
 
 
+def classwise(metric, p, y):
+    return metric(p, y)["c_1"]
+
+
+def specificity(metric, p, y):
+    false_positives, true_positives, thresholds = metric(p[:, 1], y)
+    return false_positives.mean()
+
+
+def one_class(metric, p, y):
+    return metric(p, y)[1]
+
+
+def update_and_compute(metric, p, y):
+    metric.update(p[:, 1], y)
+    return metric.compute()
+
+
+def both_thresholds(metric, p, y):
+    found = metric(p[:, 1], y)
+    return found["even"] - found["sure"]
+
+
+def since_the_start(metric, p, y):
+    metric.update(p[:, 1], y)
+    found = metric.compute()
+    return found["even"] - found["sure"]
+
+
+def two_thresholds():
+    parts = {"even": BinaryAccuracy(threshold=0.5), "sure": BinaryAccuracy(threshold=0.95)}
+    return MetricCollection(parts)
+
+
+@pytest.mark.parametrize(
+    ("make", "measure"),
+    [
+        (lambda: ClasswiseWrapper(MulticlassAccuracy(2, average=None), prefix="c_"), classwise),
+        (lambda: BinaryROC(thresholds=5), specificity),
+        (lambda: MulticlassAccuracy(2, average=None), one_class),
+        (BinaryAUROC, update_and_compute),
+        (two_thresholds, both_thresholds),
+        (two_thresholds, since_the_start),
+    ],
+)
+@pytest.mark.parametrize("with_parts", [False, True])
+def test_metrics_of_any_form_see_the_accepted_states_alone(tmp_path, make, measure, with_parts):
+    labelled = [(x, (x.sum(-1) > 0).long()) for x, _ in batches()]
+
+    class Classifier(PatternSearchMixin, L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Linear(3, 2)
+            self.criterion, self.metric = nn.CrossEntropyLoss(), make()
+
+        def search_parts(self, batch):
+            return (self.net, self.criterion, *batch) if with_parts else None
+
+        def training_step(self, batch, batch_idx):
+            outputs = self.net(batch[0])
+            self.log("metric", measure(self.metric, outputs.softmax(1), batch[1]))
+            return self.criterion(outputs, batch[1])
+
+        def configure_optimizers(self):
+            return psfast.PatternSearch(self.parameters(), radius=0.5)
+
+    values, alone = [], make()
+
+    class Compare(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            with torch.no_grad():
+                expected = measure(alone, module.net(batch[0]).softmax(1), batch[1])
+            values.append((trainer.logged_metrics["metric"].item(), expected.item()))
+
+    data = torch.utils.data.DataLoader(labelled, batch_size=None)
+    trainer(tmp_path, Compare(), max_epochs=1).fit(Classifier(), data)
+    assert len(values) == 3 and all(got == expected for got, expected in values)
+
+
+def test_a_loss_made_of_a_metric_is_nan_and_one_of_its_function_is_searched(tmp_path):
+    from torchmetrics.functional.classification import binary_accuracy
+
+    class Accurate(PatternSearchMixin, L.LightningModule):
+        def __init__(self, accuracy):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net, self.accuracy = nn.Linear(3, 1), accuracy
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return 1 - self.accuracy(self.net(x).squeeze(1).sigmoid(), (y > 0).long().squeeze(1))
+
+        def configure_optimizers(self):
+            return psfast.PatternSearch(self.parameters(), radius=1.0, max_accepts=20)
+
+    fit = trainer(tmp_path, max_epochs=1)
+    with pytest.warns(RuntimeWarning, match="the loss was NaN at all"):
+        fit.fit(Accurate(BinaryAccuracy()), loader(1))
+    module = Accurate(binary_accuracy)
+    trainer(tmp_path, max_epochs=10).fit(module, loader(1))
+    assert module.last_search.loss_before < 0.2
+
+
 def test_it_decides_as_a_plain_loop_does(tmp_path):
     module = Searched()
     trainer(tmp_path, max_epochs=1).fit(module, loader())
@@ -216,6 +328,18 @@ def test_manual_optimization(tmp_path, monkeypatch):
         assert {"radius", "evaluations", "accepted", "evaluations_per_second"} <= set(step)
     assert fit.optimizers[0].evaluations > 3
     assert module.net[1].num_batches_tracked == 3
+
+
+def test_manual_optimization_with_an_optimizer_as_it_was_built(tmp_path):
+    class Unwrapped(Manual):
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            self.search_step(lambda: self.loss(batch), optimizer)
+
+    module, recorder = Unwrapped(), Recorder()
+    trainer(tmp_path, recorder, max_epochs=1).fit(module, loader())
+    assert [step["accepted"] for step in recorder.steps] == [1.0] * 3
+    assert recorder.global_steps == [0, 0, 0]
 
 
 def test_manual_optimization_with_a_closure_that_still_calls_backward(tmp_path):
@@ -378,6 +502,51 @@ def test_the_transformer_task_uses_one_objective_and_logs_scores(tmp_path):
     )
     assert tested["test_loss"] == pytest.approx(scores.loss)
     assert tested["test_accuracy"] == pytest.approx(scores.accuracy)
+
+
+class InParts(PatternSearchMixin, L.LightningModule):
+    """Tells its parts; the criterion is another one from the second batch on."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.criterion = nn.Linear(3, 1), nn.MSELoss()
+
+    def search_parts(self, batch):
+        return self.net, self.criterion, *batch
+
+    def training_step(self, batch, batch_idx):
+        return self.criterion(self.net(batch[0]), batch[1])
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        report = self.trainer.optimizers[0].last_poll
+        assert report.loss_after == pytest.approx(outputs["loss"].item())
+        if batch_idx == 0:
+            self.criterion = nn.L1Loss()
+
+    def configure_optimizers(self):
+        return psfast.PatternSearch(self.parameters(), radius=0.3)
+
+
+def test_another_criterion_is_taken_up_with_a_warning(tmp_path):
+    module = InParts()
+    with pytest.warns(UserWarning, match="search_parts returned another criterion"):
+        trainer(tmp_path, max_epochs=1).fit(module, loader())
+    assert module._objectives.criterion is module.criterion
+
+
+def test_a_module_that_was_trained_in_parts_is_copied_and_saved(tmp_path):
+    module = InParts()
+    trainer(tmp_path, max_epochs=1).fit(module, loader())
+    copied = copy.deepcopy(module)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    trainer(tmp_path, max_epochs=1).fit(module, loader())
+    for other in (copied, loaded):
+        trainer(tmp_path, max_epochs=1).fit(other, loader())
+        assert all(map(torch.equal, other.parameters(), module.parameters()))
 
 
 def test_any_model_and_frozen_parameters(tmp_path):

@@ -309,3 +309,10 @@ def test_what_was_tried_before_leaves_no_bits_behind(backend):
         fresh = psfast.objective(other, *rest, backend=backend)
         assert torch.equal(f(), fresh())
         assert torch.equal(f.losses(index, delta), fresh.losses(index, delta))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_objective_is_not_copied(copied):
+    model = nn.Linear(2, 1)
+    with pytest.raises(TypeError, match="Objective is neither copied nor pickled"):
+        copied(psfast.objective(model, nn.MSELoss(), torch.randn(3, 2), torch.randn(3, 1)))

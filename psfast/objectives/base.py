@@ -142,6 +142,12 @@ class Objective:
             self._has_looked = True
         return True
 
+    def __getstate__(self):
+        raise TypeError(
+            f"{type(self).__name__} is neither copied nor pickled: it stands for one model in one "
+            "process; build another with psfast.objective"
+        )
+
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}, N={self.flat.size}"
 
