@@ -165,31 +165,32 @@ class ResumableLoader(DataLoader):
     """A ``DataLoader`` that a checkpoint taken in the middle of an epoch resumes in its place.
 
     ``state_dict`` holds the epoch and the number of its batches handed out; after
-    ``load_state_dict`` the first pass leaves out as many if it is still that epoch.
+    ``load_state_dict`` the sampler is at that epoch, and the first pass leaves out as many if it
+    still is then.
 
     dataset: any map-style dataset; seed: of the order, drawn anew each epoch (``EpochSampler``).
     """
 
     def __init__(self, dataset: Dataset, *, seed: int = 0, **kwargs):
         super().__init__(dataset, sampler=EpochSampler(len(dataset), seed), **kwargs)
-        self._handed_out = 0
-        self._resume: dict[str, int] | None = None
+        self._epoch, self._handed_out, self._resuming = 0, 0, False
 
     def __iter__(self):
-        resume, self._resume = self._resume, None
-        self._handed_out = 0
-        if resume is not None and resume["epoch"] == self.sampler.epoch:
-            self._handed_out = resume["handed_out"]
+        if not (self._resuming and self._epoch == self.sampler.epoch):
+            self._epoch, self._handed_out = self.sampler.epoch, 0
+        self._resuming = False
         for number, batch in enumerate(super().__iter__()):
             if number >= self._handed_out:
                 self._handed_out += 1
                 yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.sampler.epoch, "handed_out": self._handed_out}
+        epoch = self.sampler.epoch
+        return {"epoch": epoch, "handed_out": self._handed_out if epoch == self._epoch else 0}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._resume = state
+        self._epoch, self._handed_out, self._resuming = state["epoch"], state["handed_out"], True
+        self.sampler.set_epoch(self._epoch)
 
 
 def _modular_sum(tokens: Tensor, mod: int) -> Tensor:

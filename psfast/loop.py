@@ -15,12 +15,13 @@ from psfast.random_state import seeded
 from psfast.search import derive_seed
 
 _LINE_SECONDS = 5.0
+_END_OF_PASS = object()
 
 
 class History(NamedTuple):
     """What ``fit`` did.
 
-    polls: one ``PollReport`` a step
+    polls: one ``PollReport`` a step, but none of a step that was cut by ``max_seconds`` or Ctrl-C
     validation: (step, ``Scores``) of every validation, the first before any step
     stopped: why it ended: "max_steps", "max_seconds", "end of loader", "converged", "callback"
         or "interrupted"
@@ -52,7 +53,9 @@ def fit(
 
     loader: batches, as (inputs, targets) or {"x": inputs, "y": targets}, each a tensor or a nest
         of lists, tuples and dicts that holds tensors; gone through again and again until
-        ``max_steps`` or ``max_seconds``, and just once if neither is given.
+        ``max_steps`` or ``max_seconds``, and just once if neither is given. A sampler that has
+        ``set_epoch`` is told which pass it is, from its own ``epoch`` on, so a
+        ``psfast.data.ResumableLoader`` that has loaded its state goes on where that was saved.
         A batch equal to the one before is the same objective, so full-batch training (a
         loader of one batch) completes its polls over as many steps as they take.
     max_seconds: also ends a step in the middle of its poll
@@ -93,9 +96,13 @@ def fit(
     optimizer.progress = inside_poll
     try:
         run.validate()
-        for batch, ends_pass in _batches(loader, max_steps is None and max_seconds is None):
+        for batch in _batches(loader, max_steps is None and max_seconds is None):
+            if batch is _END_OF_PASS:
+                if not val_every:
+                    run.validate()
+                continue
             report = run.step(batch)
-            if run.steps % val_every == 0 if val_every else ends_pass:
+            if val_every and run.steps % val_every == 0:
                 run.validate()
             if callback is not None and callback(run.steps, report):
                 raise _Stop("callback")
@@ -157,25 +164,28 @@ class _Run:
 
 
 def _batches(loader: Iterable, one_pass: bool):
-    """(batch, whether it ends a pass over the loader), without end unless ``one_pass``."""
-    number = 0
+    """The batches, and ``_END_OF_PASS`` after each pass: without end, unless ``one_pass``."""
+    sampler = getattr(loader, "sampler", None)
+    epoch, passes, empty = getattr(sampler, "epoch", 0), 0, False
     while True:
-        if hasattr(getattr(loader, "sampler", None), "set_epoch"):
-            loader.sampler.set_epoch(number)
-        batches = iter(loader)
-        batch = next(batches, None)
-        if batch is None:
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch + passes)
+        passes += 1
+        was_empty, empty = empty, True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty and was_empty:  # once is what a loader resumed at the end of its epoch gives
             raise ValueError(
-                f"loader gave no batch in pass {number + 1}; "
+                f"loader gave no batch in pass {passes - 1}; "
                 "it must be an iterable that starts anew each time, like a list or a DataLoader"
             )
-        while batch is not None:
-            following = next(batches, None)
-            yield batch, following is None
-            batch = following
-        number += 1
-        if one_pass:
-            return
+        if not empty:
+            yield _END_OF_PASS
+            if one_pass:
+                break
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch + passes)  # for the next `fit`
 
 
 class _Display:

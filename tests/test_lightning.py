@@ -167,9 +167,9 @@ def classwise(metric, p, y):
     return metric(p, y)["c_1"]
 
 
-def specificity(metric, p, y):
-    false_positives, true_positives, thresholds = metric(p[:, 1], y)
-    return false_positives.mean()
+def false_positives(metric, p, y):
+    rates, _, _ = metric(p[:, 1], y)
+    return rates.mean()
 
 
 def one_class(metric, p, y):
@@ -201,7 +201,7 @@ def two_thresholds():
     ("make", "measure"),
     [
         (lambda: ClasswiseWrapper(MulticlassAccuracy(2, average=None), prefix="c_"), classwise),
-        (lambda: BinaryROC(thresholds=5), specificity),
+        (lambda: BinaryROC(thresholds=5), false_positives),
         (lambda: MulticlassAccuracy(2, average=None), one_class),
         (BinaryAUROC, update_and_compute),
         (two_thresholds, both_thresholds),

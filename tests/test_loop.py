@@ -1,5 +1,6 @@
 """The plain training loop and its scores."""
 
+import copy
 import itertools
 import math
 import sys
@@ -11,6 +12,7 @@ from torch import nn
 
 import psfast
 from psfast import loop
+from psfast.data import ResumableLoader
 from psfast.evaluation import BatchObjectives, ScoreSums, evaluate, unpack
 from psfast.loop import fit
 
@@ -68,6 +70,57 @@ def test_without_a_limit_it_goes_through_the_loader_once():
     history = fit(model, nn.MSELoss(), batches, search, val_loader=batches, progress=False)
     assert history.stopped == "end of loader" and len(history.polls) == 3
     assert [step for step, _ in history.validation] == [0, 3]
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Six samples of the regression, which note when they are taken."""
+
+    def __init__(self):
+        (self.x, self.y), *_ = regression()[1]
+        self.taken = []
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        self.taken.append(i)
+        return self.x[i], self.y[i]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 6])  # of 3 steps a pass
+def test_a_resumed_loader_goes_on_with_its_order(stop):
+    def run(steps, saved=None):
+        data, (model, _) = Numbers(), regression()
+        search = psfast.PatternSearch(model.parameters(), max_evaluations=3)
+        loader = ResumableLoader(data, batch_size=2)
+        parts = (model, search, loader)
+        if saved is not None:
+            for part, state in zip(parts, saved, strict=True):
+                part.load_state_dict(state)
+        saved = []
+
+        def callback(step, report):
+            if step == stop:
+                saved.extend(copy.deepcopy(part.state_dict()) for part in parts)
+
+        options = {"max_steps": steps, "callback": callback, "progress": False}
+        fit(model, nn.MSELoss(), loader, search, **options)
+        return data.taken, search.state_dict(), saved
+
+    taken, state, saved = run(8)
+    rest, resumed, _ = run(8 - stop, saved)
+    assert rest[-2 * (8 - stop) :] == taken[2 * stop :]
+    assert resumed == state
+
+
+def test_each_fit_goes_on_to_the_next_order():
+    data, (model, _) = Numbers(), regression()
+    loader = ResumableLoader(data, batch_size=6)
+    search = psfast.PatternSearch(model.parameters())
+    for _ in range(3):
+        fit(model, nn.MSELoss(), loader, search, progress=False)
+    passes = [tuple(data.taken[at : at + 6]) for at in (0, 6, 12)]
+    assert all(sorted(order) == list(range(6)) for order in passes) and len(set(passes)) == 3
 
 
 def test_one_batch_is_one_objective_however_the_steps_are_cut():

@@ -1,5 +1,8 @@
 """``psfast.objective``: the choice of a backend, and one search across all of them."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
