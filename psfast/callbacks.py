@@ -5,7 +5,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import lightning as L
@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from psfast.flat import trainable
 
@@ -20,7 +21,8 @@ from psfast.flat import trainable
 class LastCheckpoint(L.Callback):
     """Keeps ``dirpath/last.ckpt`` at most ``seconds`` old, and writes it when training ends.
 
-    Written whole or not at all: a run killed at any moment leaves one that resumes.
+    SIGTERM, which Lightning heeds after the batch, ends it too. Written whole or not at all: a
+    run killed at any moment leaves one that resumes.
     """
 
     def __init__(self, dirpath: str, seconds: float = 30.0):
@@ -35,6 +37,11 @@ class LastCheckpoint(L.Callback):
     def on_train_end(self, trainer, module) -> None:
         self._save(trainer)
 
+    def on_exception(self, trainer, module, exception) -> None:
+        # Only here is it sure that the state is that of the end of a batch.
+        if isinstance(exception, SIGTERMException) and trainer.training:
+            self._save(trainer)
+
     def _save(self, trainer: L.Trainer) -> None:
         unfinished = self.path.with_suffix(".tmp")
         trainer.save_checkpoint(unfinished, weights_only=False)
@@ -42,28 +49,69 @@ class LastCheckpoint(L.Callback):
         self._saved = time.monotonic()
 
 
-class KeptByCheckpoint(L.Callback):
-    """Warns of settings that a resumed run was given and its checkpoint overrules.
+class RunSettings(L.Callback):
+    """Keeps a run's configuration in its checkpoints; warns where a resumed run has another.
 
-    The state of the optimizer goes on as it was, so that the run continues bit for bit.
+    The state of the optimizer goes on as it was, so that the run continues bit for bit: some of
+    what was given anew has no effect. What is no state (data, batch size, dropout) goes on as the
+    new run has it, so what the first run was given must be given again.
 
-    given: keys of the configuration with their values
+    config: the parts of the configuration that decide the results, nested
+    given: keys of the configuration with their values, of what was given to this run
     """
 
-    def __init__(self, given: Mapping[str, object]):
+    def __init__(self, config: Mapping[str, object], given: Mapping[str, object]):
+        self.config = dict(_flattened(config))
         self.given = given
+        self._before: dict[str, object] | None = None  # not resumed
+
+    def state_dict(self) -> dict:
+        return {"config": self.config}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._before = state["config"]
 
     def on_train_start(self, trainer, module) -> None:
+        if self._before is None:
+            return
         optimizer = trainer.optimizers[0]
         kept = dict(optimizer.param_groups[0])
         kept |= {n: getattr(optimizer, n) for n in ("radius", "seed") if hasattr(optimizer, n)}
         for key, value in self.given.items():
-            name = key.rpartition(".")[2].removeprefix("pattern_search_")
+            name = _state_name(key)
             if name in kept and kept[name] != value:
                 rank_zero_warn(
                     f"{key}={value} is not the optimizer's {name}: it goes on with that of the "
                     f"checkpoint, {kept[name]}"
                 )
+        missing = [
+            f"{key}={self._before.get(key)} (here {self.config.get(key)})"
+            for key in sorted(self._before.keys() | self.config.keys())
+            if self._before.get(key) != self.config.get(key)
+            and key not in self.given
+            and not (key.startswith(_OPTIMIZER) and _state_name(key) in kept)
+        ]
+        if missing:
+            rank_zero_warn(
+                f"the checkpoint's run was given other settings: {', '.join(missing)}. To go on "
+                "with that run, give them again"
+            )
+
+
+_OPTIMIZER = ("optimizer.", "task.pattern_search_")
+
+
+def _state_name(key: str) -> str:
+    """What the optimizer's state calls the setting."""
+    return key.rpartition(".")[2].removeprefix("pattern_search_")
+
+
+def _flattened(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flattened(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 class AcceptanceByTensor(L.Callback):
@@ -79,6 +127,12 @@ class AcceptanceByTensor(L.Callback):
         report = getattr(module, "last_search", None)
         if report is not None and report.accepted is not None:
             self._accepted += report.accepted
+
+    def state_dict(self) -> dict:
+        return {"accepted": self._accepted}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._accepted = list(state["accepted"])
 
     def on_validation_end(self, trainer, module) -> None:
         if not self._accepted:
@@ -143,7 +197,8 @@ class RunSummary(L.Callback):
         search = trainer.optimizers[0]
         evaluations = getattr(search, "evaluations", None)
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        last = [c.path for c in trainer.callbacks if isinstance(c, LastCheckpoint)]
+        kept = [c.path for c in trainer.callbacks if isinstance(c, LastCheckpoint)]
+        last = [path for path in kept if path.exists()]
         return {
             "evaluations": evaluations,
             "seconds": self.seconds,

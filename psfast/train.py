@@ -2,23 +2,42 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
+
+# What decides a run's results; the rest says how long it runs and what is kept of it.
+_RESULT = (
+    "seed",
+    "model",
+    "train_dataset",
+    "val_dataset",
+    "test_dataset",
+    "datamodule",
+    "optimizer",
+    "task",
+)
 
 
 def train(config) -> None:
-    """One run: build, fit, validate, test, summarise. ``config``: see ``psfast/configs``."""
+    """One run: build, fit, validate, test, summarise. ``config``: see ``psfast/configs``.
+
+    Ctrl-C and SIGTERM end it after the batch, with a checkpoint and a summary, by SystemExit.
+    """
     import lightning
     import torch
     from hydra.core.hydra_config import HydraConfig
     from hydra.utils import instantiate
     from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
     from omegaconf import OmegaConf
 
     from psfast.callbacks import (
         AcceptanceByTensor,
-        KeptByCheckpoint,
+        RunSettings,
         RunSummary,
         finish_wandb,
         write_summary,
@@ -51,25 +70,66 @@ def train(config) -> None:
             val_dataset=instantiate(config.val_dataset),
             test_dataset=instantiate(config.test_dataset),
         )
+        settings = OmegaConf.to_container(config, resolve=True)
+        keys = [override.partition("=")[0].lstrip("+~") for override in hydra.overrides.task]
+        given = {key: OmegaConf.select(config, key) for key in keys}
         summary = RunSummary()
-        callbacks = [*instantiate(config.callbacks).values(), AcceptanceByTensor(), summary]
-        if config.ckpt_path is not None:
-            keys = [override.partition("=")[0].lstrip("+~") for override in hydra.overrides.task]
-            callbacks.append(KeptByCheckpoint({k: OmegaConf.select(config, k) for k in keys}))
+        callbacks = [  # those that keep something first: what saves comes behind
+            RunSettings({name: settings[name] for name in _RESULT}, given),
+            AcceptanceByTensor(),
+            summary,
+            *instantiate(config.callbacks).values(),
+        ]
         trainer = instantiate(config.trainer, logger=loggers, callbacks=callbacks)
         if isinstance(task, PatternSearchMixin):
             refuse_what_cannot_work(trainer)
         for logger in loggers:
-            logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
-        trainer.fit(task, datamodule, ckpt_path=config.ckpt_path)
-        # The last epochs may have had no validation of their own.
-        trainer.validate(task, datamodule, verbose=False)
+            logger.log_hyperparams(settings)
+        status = 0
+        with _ctrl_c_waits(trainer) as pressed:
+            try:
+                trainer.fit(task, datamodule, ckpt_path=config.ckpt_path)
+            except SIGTERMException:
+                status = 128 + (signal.SIGINT if pressed else signal.SIGTERM)
+        if not status:  # the last epochs may have had no validation of their own
+            trainer.validate(task, datamodule, verbose=False)
         table = write_summary(summary.values(trainer), run_dir / "summary.json")
-        trainer.test(task, datamodule, verbose=False)
-        failed = False
+        if not status:
+            trainer.test(task, datamodule, verbose=False)
+        failed = bool(status)
     finally:
         finish_wandb(failed)
     print(f"\n{table}\n{'summary':<24}{run_dir / 'summary.json'}")
+    if status:
+        sys.exit(status)
+
+
+@contextmanager
+def _ctrl_c_waits(trainer):
+    """While ``trainer`` trains, the first Ctrl-C is a SIGTERM, which waits for the batch to end.
+
+    Yields a list, empty until then. The second Ctrl-C ends the run at once.
+    """
+    pressed: list[int] = []
+    on_interrupt = signal.getsignal(signal.SIGINT)
+
+    def wait(signum, frame):
+        signal.signal(signal.SIGINT, on_interrupt)
+        if not trainer.training:
+            return on_interrupt(signum, frame)
+        pressed.append(signum)
+        print("\npsfast: stopping after this batch; Ctrl-C again to stop now", file=sys.stderr)
+        signal.raise_signal(signal.SIGTERM)
+
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or not callable(on_interrupt):  # ignored, as behind nohup
+        yield pressed
+        return
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,60 @@ def test_a_run_killed_in_mid_epoch_goes_on_bit_for_bit(tmp_path, here):
         assert torch.equal(value, last["state_dict"][name]), name
     assert whole["optimizer_states"][0]["search"] == last["optimizer_states"][0]["search"]
     assert summary["evaluations"] == whole["optimizer_states"][0]["search"]["evaluations"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_stop_ends_after_its_batch(tmp_path, here, signum):
+    overrides = [
+        "logger=csv",
+        "trainer.limit_train_batches=4000",
+        "train_dataset.n_samples=16000",
+        "task.evaluations_per_batch=10",
+        "trainer.check_val_every_n_epoch=2",
+    ]
+    place = tmp_path / "stopped"
+    place.mkdir()
+    process = command(*TINY, *overrides, "callbacks.last.seconds=0.2", cwd=place)
+    while not (found := list(place.glob("outputs/**/last.ckpt"))):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum and "Traceback" not in err
+    assert ("stopping after this batch" in err) == (signum == signal.SIGINT)
+    folder = the_run(place)
+    summary = json.loads((folder / "summary.json").read_text())
+    last = torch.load(found[0], weights_only=False)
+    steps = last["global_step"]
+    assert summary["checkpoint"] == str(found[0]) and "checkpoint" in out
+    assert summary["evaluations"] == last["optimizer_states"][0]["search"]["evaluations"]
+    assert 0 < steps < 3990, "the signal came too late to test anything"
+    # Not a step is lost or repeated: the losses of the next ones are a whole run's.
+    more = [*overrides, f"trainer.max_steps={steps + 10}"]
+    resumed, whole = here(*more, f"ckpt_path={found[0]}"), here(*more)
+    states = [
+        torch.load(run / "checkpoints/last.ckpt", weights_only=False) for run in (resumed, whole)
+    ]
+    assert states[0]["global_step"] == steps + 10
+    for name, value in states[1]["state_dict"].items():
+        assert torch.equal(value, states[0]["state_dict"][name]), name
+
+
+def test_a_resumed_run_says_which_settings_the_checkpoints_run_had_besides(here):
+    options = ["logger=none", "train_dataset.n_samples=40", "model.dropout=0.3"]
+    options += ["task.pattern_search_radius=0.5"]
+    last = here(*options, "trainer.max_epochs=1") / "checkpoints" / "last.ckpt"
+    more = ["logger=none", "trainer.max_epochs=2", f"ckpt_path={last}"]
+    message = (
+        r"checkpoint's run was given other settings: model.dropout=0.3 \(here 0.1\), "
+        r"train_dataset.n_samples=40 \(here 200\). To go on with that run, give them again"
+    )
+    with pytest.warns(UserWarning, match=message):
+        here(*more)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        here(*more, *options)
+    assert not [w for w in told if "settings" in str(w.message)]
 
 
 def test_a_resumed_run_says_which_settings_are_its_checkpoints(here):
