@@ -1,14 +1,18 @@
 """Measures psfast on a GPU: the correctness gate, then every backend in one run.
 
 ``python bench/gpu.py [--out DIR] [--seconds S] [--dry-run]`` writes ``gpu.json`` and
-``gpu.txt``. Every stage that fails is recorded with its error and the rest goes on; a mode
-that fails the gate is not timed. ``--dry-run`` runs every stage on the CPU, on a tiny model,
-in Triton's interpreter: it checks this program, and its numbers mean nothing.
+``gpu.txt``. Every stage that fails is recorded with its error and the rest goes on: in a new
+process, where it left the device unusable or did not end. A mode that fails the gate is not
+timed. ``--dry-run`` runs every stage on the CPU, on a tiny model, in Triton's interpreter: it
+checks this program, and its numbers mean nothing.
 """
 
 import argparse
 import contextlib
 import copy
+import faulthandler
+import functools
+import itertools
 import json
 import os
 import statistics
@@ -17,6 +21,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 DRY = "--dry-run" in sys.argv
 if DRY:
@@ -40,40 +45,75 @@ from psfast.flat import FlatParameters  # noqa: E402
 DEVICE = "cpu" if DRY else "cuda"
 LENGTHS = {"small": 8, "medium": 12, "large": 16, "tiny": 4}
 TINY = {"d_model": 16, "n_layers": 1, "n_heads": 2, "d_ff": 16}
-BUDGET = 0.2 if DRY else 1.5  # seconds that one measurement aims at
+BUDGET = 0.2 if DRY else 1.2  # seconds that one measurement aims at, with all its rounds
 ROUNDS = 1 if DRY else 3
+STAGE_SECONDS, COMPILE_SECONDS = 90, 180  # what takes longer is ended
+UNUSABLE = 75  # exit status of a process whose device is lost
 MODES = ("fp16x3", "tf32x3", "fp32")
 DEFAULTS = ("fused fp16x3", "batched", "graph")  # measured at every size
 BACKENDS = (*DEFAULTS, *(f"fused {mode}" for mode in MODES[1:]))
 
 
 class Run:
-    """What has been measured, written to disk after every stage."""
+    """What has been measured, written to disk before and after every stage.
 
-    def __init__(self, out: Path, seconds: float):
-        self.out, self.deadline = out, time.monotonic() + seconds
-        self.data = {"machine": describe(), "dry_run": DRY, "stages": [], "gate": [], "rows": []}
-        self.descends: set[str] = set()  # the backends that descend as the serial loop does
+    until: of ``time.time()``: no stage begins after that
+    goes_on: behind what the process before this one has done
+    """
 
-    def stage(self, name: str, work, *args):
+    def __init__(self, out: Path, until: float, goes_on: bool):
+        self.out, self.until = out, until
+        empty = {name: [] for name in ("jobs", "stages", "broken", "descends", "gate", "rows")}
+        self.data = {"machine": describe(), "dry_run": DRY, **empty}
+        if goes_on:
+            self.data = json.loads((out / "gpu.json").read_text())
+
+    def job(self, name: str, work, *args) -> None:
+        """``work(*args)``, once: one that has ended a process is not begun again."""
+        if name not in self.data["jobs"]:
+            self.data["jobs"].append(name)
+            work(*args)
+
+    def stage(self, name: str, work, *args, seconds: float = STAGE_SECONDS):
         """``work(*args)``, or None after recording why there is no result."""
-        record = {"stage": name, "ok": False, "seconds": 0.0, "error": ""}
+        record = {"stage": name, "ok": False, "seconds": 0.0, "error": "the process ended in it"}
         self.data["stages"].append(record)
-        started, value = time.monotonic(), None
-        if started > self.deadline:
+        left = self.until - time.time()
+        if left < 0:
             record["error"] = "skipped: out of time"
-        else:
-            try:
-                value = work(*args)
-                synchronize()
-                record["ok"] = True
-            except Exception as error:
-                record["error"] = f"{type(error).__name__}: {str(error)[:500]}"
-                record["trace"] = traceback.format_exc()[-2000:]
+            self.save()
+            return None
+        self.save()
+        faulthandler.dump_traceback_later(min(seconds, left + 40), exit=True)
+        started, value = time.monotonic(), None
+        try:
+            value = work(*args)
+            synchronize()
+            record |= {"ok": True, "error": ""}
+        except Exception as error:
+            record["error"] = f"{type(error).__name__}: {str(error)[:500]}"
+            record["trace"] = traceback.format_exc()[-2000:]
+        faulthandler.cancel_dump_traceback_later()
         record["seconds"] = round(time.monotonic() - started, 2)
         print(f"[{record['seconds']:7.2f} s] {name}: {record['error'] or 'ok'}", flush=True)
         self.save()
+        if not record["ok"]:
+            self._leave_an_unusable_device()
         return value
+
+    @staticmethod
+    def _leave_an_unusable_device() -> None:
+        try:
+            synchronize()
+        except RuntimeError as error:  # an illegal access, say: nothing works from here on
+            print(f"    the device is lost to this process: {str(error)[:200]}", flush=True)
+            sys.exit(UNUSABLE)
+
+    def build(self, case: "Case", parts=None):
+        """Its objective, on its own problem or on another of these sizes."""
+        if case.label in self.data["broken"]:
+            raise ValueError("it could not be built in a process of its own")
+        return build(case.backend, parts or problem(case.size, case.batch, case.dropout))
 
     def row(self, size: str, batch: int, regime: str, backend: str, seconds: float, **more) -> None:
         row = {
@@ -132,11 +172,11 @@ def seconds_of(work) -> float:
     return statistics.median(times[1:])
 
 
-def problem(size: str, batch: int):
-    """Model, criterion, inputs and targets on the device; dropout off."""
+def problem(size: str, batch: int, dropout: float = 0.0):
+    """Model, criterion, inputs and targets on the device."""
     torch.manual_seed(0)
     sizes = TINY if size == "tiny" else SIZES[size]
-    model = psfast.DecoderOnlyTransformer(**sizes, dropout=0.0).to(DEVICE)
+    model = psfast.DecoderOnlyTransformer(**sizes, dropout=dropout).to(DEVICE)
     data = psfast.StateTrackingDataset(n_samples=batch, seq_len=LENGTHS[size], seed=0)
     items = [data[i] for i in range(batch)]
     inputs, targets = (torch.stack([item[k] for item in items]).to(DEVICE) for k in "xy")
@@ -174,32 +214,33 @@ class Enough(Exception):
 
 
 def reference_step(run: Run, size: str, batch: int) -> None:
-    """Its step up to ``count`` closure calls: shuffle, forward, backward, restore."""
+    """The reference's failing poll up to some closure calls: forward, backward, restore.
+
+    All from one step, whose shuffle alone takes seconds where the model is large.
+    """
     model, criterion, inputs, targets = problem(size, batch)
-    count, calls = (4 if DRY else 200), 0
+    part = 2 if DRY else 60  # trial points; the first part is warm-up
+    times = []
 
     def closure():
-        nonlocal calls
-        calls += 1
-        if calls > count:
+        times.append(time.perf_counter())
+        if len(times) == 2 + (ROUNDS + 1) * part:
             raise Enough
         with torch.enable_grad():
             model.zero_grad()
             loss = criterion(model(inputs), targets)
             loss.backward()
+        synchronize()
         return loss.detach() * 0.0 + 1.0
 
-    def step(calls_before: int) -> None:
-        nonlocal calls
-        calls = calls_before
-        with contextlib.suppress(Enough):
-            psfast.ReferencePatternSearch(model.parameters(), radius=0.1).step(closure)
-
-    # What a step costs before its first trial point (the incumbent, the shuffle) is a part of
-    # a whole poll, not of a piece of one.
-    entry = seconds_of(lambda: step(count - 1))
-    seconds = max(seconds_of(lambda: step(0)) - entry, 1e-9) / (count - 1)
-    run.row(size, batch, "any", "reference", seconds, step_entry_ms=entry * 1e3)
+    optimizer = psfast.ReferencePatternSearch(model.parameters(), radius=0.1)
+    started = time.perf_counter()
+    with contextlib.suppress(Enough):
+        optimizer.step(closure)
+    # The first call is the incumbent's; what comes before the second is a part of a whole poll.
+    ends = times[1::part]
+    seconds = statistics.median(b - a for a, b in itertools.pairwise(ends[1:])) / part
+    run.row(size, batch, "any", "reference", seconds, step_entry_ms=(times[1] - started) * 1e3)
 
 
 # -- the backends ---------------------------------------------------------------------------
@@ -254,7 +295,8 @@ def affordable(piece, most: int) -> int:
     """How many trial points ``piece`` evaluates in the budget, at most ``most``; in two steps."""
     count = min(most, 8 if DRY else 64)
     for _ in range(0 if DRY else 2):
-        count = max(count, min(most, 64 * count, int(count * BUDGET / piece(count))))
+        seconds = BUDGET / (ROUNDS + 1)
+        count = max(count, min(most, 64 * count, int(count * seconds / piece(count))))
     return count
 
 
@@ -327,23 +369,46 @@ def start_of_training(run: Run, objective, size: str, batch: int, backend: str) 
     )
 
 
-def measure(run: Run, backend: str, size: str, batch: int, regimes: tuple[float, ...]) -> None:
+class Case(NamedTuple):
+    """An objective to build: of a backend, on a problem.
+
+    tile: the place in ``tile_cases`` of the configuration to take; None: the usual one
+    """
+
+    backend: str
+    size: str
+    batch: int
+    dropout: float = 0.0
+    tile: int | None = None
+
+    @property
+    def label(self) -> str:
+        name = f"{self.backend} {self.size} B={self.batch}"
+        name += " dropout" if self.dropout else ""
+        return name if self.tile is None else f"{name} tile {self.tile}"
+
+
+def measure(run: Run, case: Case, regimes: tuple[float, ...] = ()) -> None:
     """One backend, one size: construction, all regimes, peak memory."""
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    case = f"{backend} {size} B={batch}"
+    backend, size, batch = case[:3]
     started = time.perf_counter()
-    objective = run.stage(f"{case}: build", lambda: build(backend, problem(size, batch)))
+    objective = run.stage(f"{case.label}: build", run.build, case)
     if objective is None:
         return
     built = time.perf_counter() - started
-    run.stage(f"{case}: losses", device_time, run, objective, size, batch, backend)
-    run.stage(f"{case}: complete poll", complete_poll, run, objective, size, batch, backend)
+    about = run, objective, size, batch
+    if case.dropout:
+        run.stage(f"{case.label}: losses", device_time, *about, "fused, dropout")
+        return
+    run.stage(f"{case.label}: losses", device_time, *about, backend)
+    run.stage(f"{case.label}: complete poll", complete_poll, *about, backend)
     for p in regimes:
-        run.stage(f"{case}: p = {p:g}", with_accepts, run, objective, size, batch, backend, p)
-    if backend in run.descends or not objective.descends:
-        run.stage(f"{case}: start", start_of_training, run, objective, size, batch, backend)
+        run.stage(f"{case.label}: p = {p:g}", with_accepts, *about, backend, p)
+    if backend in run.data["descends"] or not objective.descends:
+        run.stage(f"{case.label}: start", start_of_training, *about, backend)
     if DEVICE == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
         for row in run.data["rows"]:
@@ -351,25 +416,27 @@ def measure(run: Run, backend: str, size: str, batch: int, regimes: tuple[float,
                 row.update(peak_MiB=round(peak, 1), build_s=round(built, 2))
 
 
-def compile_all(small: str, sizes: list[str], batches: tuple[int, ...]) -> None:
+def compile_all(run: Run, cases: list[Case]) -> None:
     """Fill Triton's cache, all cases in processes of their own: they compile at the same time.
 
-    The kernel of the supervised rows depends on how many there are, hence the batches.
+    The kernel of the supervised rows depends on how many there are, hence all batches.
     """
-    wanted = [(f"fused {mode}", small, str(batches[0])) for mode in MODES[1:]]
-    wanted += [("fused fp16x3", size, str(batch)) for size in sizes for batch in batches]
     flags = ["--dry-run"] if DRY else []
     running = [
-        subprocess.Popen([sys.executable, __file__, "--only-build", *case, *flags])
-        for case in wanted
+        subprocess.Popen([sys.executable, __file__, "--only-build", json.dumps(case), *flags])
+        for case in cases
     ]
-    try:
-        codes = [process.wait(timeout=180) for process in running]
-    finally:
-        for process in running:
+    until = time.monotonic() + COMPILE_SECONDS
+    for case, process in zip(cases, running, strict=True):
+        try:
+            code = process.wait(timeout=max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
             process.kill()
-    if any(codes):
-        raise RuntimeError(f"exit codes {codes} for {wanted}")
+            code = process.wait()
+        if code:
+            run.data["broken"].append(case.label)
+    if run.data["broken"]:
+        raise RuntimeError(f"could not be built: {run.data['broken']}")
 
 
 # -- the gate -------------------------------------------------------------------------------
@@ -400,7 +467,7 @@ def exact_changes(parts, index, delta) -> torch.Tensor:
 
 
 def gate(
-    run: Run, size: str, batch: int, weights: str, radius: float, count: int, chosen: tuple
+    run: Run, size: str, batch: int, weights: str, radius: float, count: int, chosen: list[str]
 ) -> None:
     """Errors and accept/reject flips of every mode against float64, beside eager fp32's."""
     parts = (trained if weights == "trained" else problem)(size, batch)
@@ -440,19 +507,18 @@ def gate(
     for backend in chosen:
 
         def one(backend=backend):
-            twin = build(backend, parts)
+            twin = run.build(Case(backend, size, batch), parts)
             compare(backend, twin.losses(index, delta), twin().item())
 
         run.stage(f"gate {size} {weights} {radius:g} {backend}", one)
 
 
-def gate_descent(run: Run, size: str, batch: int, backend: str, count: int) -> None:
+def gate_descent(run: Run, case: Case, count: int) -> None:
     """Whether a descent has the serial loop's losses and decisions, bit for bit.
 
     In the interpreter nearly so: it computes by NumPy, where a row's bits depend on its place.
     """
-    twins = [build(backend, problem(size, batch)) for _ in range(2)]
-    loop, serial = twins
+    loop, serial = (run.build(case) for _ in range(2))
     index, delta = poll_block(loop.flat, 0, count)
     bar, losses, places = serial().item(), [], []
     for k in range(count):
@@ -470,8 +536,8 @@ def gate_descent(run: Run, size: str, batch: int, backend: str, count: int) -> N
         raise ValueError(f"accepted {found.places}, not {places}; losses {found.losses.tolist()}")
     if not torch.equal(loop.flat.buffer, serial.flat.buffer):
         raise ValueError("the same decisions, but other parameters")
-    run.descends.add(backend)
-    print(f"    {backend}: {len(places)} of {count} accepted, as the serial loop does")
+    run.data["descends"].append(case.backend)
+    print(f"    {case.backend}: {len(places)} of {count} accepted, as the serial loop does")
 
 
 def passed(run: Run, backend: str) -> bool:
@@ -480,36 +546,50 @@ def passed(run: Run, backend: str) -> bool:
     return bool(found) and all(found)
 
 
-def tiles(run: Run, size: str, kernel: str, key: tuple, changes: list[dict]) -> None:
-    """Other configurations of one kernel at B = 64, each compared before it is timed.
+def tile_cases() -> list[tuple[str, str, tuple, dict]]:
+    """Other configurations: size, kernel, key, and what they have instead of the usual ones.
 
-    kernel: "blocks" or "tail"; key: of its configuration in ``plan.BLOCKS`` or ``plan.TAILS``;
-    changes: what the others have instead. Some of them spill registers: here is where it shows
-    whether that matters.
+    kernel: "blocks" or "tail"; key: in ``plan.BLOCKS`` or ``plan.TAILS``. Some of them spill
+    registers: here is where it shows whether that matters.
     """
+    chip = 9 if DRY or torch.cuda.get_device_capability()[0] == 9 else 8
+    small, wide = "tiny" if DRY else "small", {"rows": 128, "warps": 8}
+    found = [(small, "blocks", (chip, 64, 16), c) for c in (wide, {"hidden": 64}, {"stages": 3})]
+    found.append((small, "tail", (chip, 64), wide))
+    if not DRY:
+        twice = {"warps": 8, "hidden": 64, "queries": 32, "staged": 64}  # some products twice
+        low = {"rows": 32, "hidden": 64, "queries": 64, "staged": 64}
+        found += [("medium", "blocks", (chip, 128, 32), c) for c in (wide, twice, low)]
+    return found
+
+
+@contextlib.contextmanager
+def other_tiles(place: int):
+    """Inside, plans are made with this one of ``tile_cases``."""
     from psfast.kernels import plan
 
+    _, kernel, key, change = tile_cases()[place]
     configs = {"blocks": plan.BLOCKS, "tail": plan.TAILS}[kernel]
-    batch = 2 if DRY else 64
-    parts = problem(size, batch)
-    usual = build("fused fp16x3", parts)
+    usual = configs[key]
+    configs[key] = usual._replace(**change)
+    try:
+        yield configs[key]
+    finally:
+        configs[key] = usual
+
+
+def tiles(run: Run, case: Case) -> None:
+    """Another configuration of a kernel, compared with the usual one before it is timed."""
+    usual = run.build(case._replace(tile=None))
     points = poll_block(usual.flat, 0, 4 if DRY else 256)
     expected = usual.losses(*points)
-    chosen = configs[key]
-
-    def one(config) -> None:
-        configs[key] = config
-        try:
-            objective = build("fused fp16x3", parts)
-            error = (objective.losses(*points) - expected).abs().max().item()
-            if not error < 1e-5:
-                raise ValueError(f"{config} is off by {error}")
-            device_time(run, objective, size, batch, f"{kernel} {tuple(config)}")
-        finally:
-            configs[key] = chosen
-
-    for change in changes:
-        run.stage(f"tiles {size} {kernel} {change}", one, chosen._replace(**change))
+    with other_tiles(case.tile) as config:
+        objective = run.build(case)
+    error = (objective.losses(*points) - expected).abs().max().item()
+    if not error < 1e-5:
+        raise ValueError(f"{config} is off by {error}")
+    kernel = tile_cases()[case.tile][1]
+    device_time(run, objective, case.size, case.batch, f"{kernel} {tuple(config)}")
 
 
 def table(data: dict) -> str:
@@ -564,63 +644,96 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--seconds", type=float, default=420.0, help="start no stage after these")
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--only-build", nargs=3, metavar=("BACKEND", "SIZE", "B"))
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of those it starts itself
+    parser.add_argument("--goes-on", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only-build", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not DRY and not torch.cuda.is_available():
         print("no CUDA device; --dry-run checks this program on the CPU", file=sys.stderr)
         return 2
     if args.only_build:
-        backend, size, batch = args.only_build
-        build(backend, problem(size, int(batch)))
-        return 0
-    run = Run(args.out, args.seconds)
-    small, sizes = ("tiny", ["tiny"]) if DRY else ("small", ["small", "medium", "large"])
-    batches = (2,) if DRY else (4, 64)
+        only_build(Case(*args.only_build))
+    elif args.until:
+        run_jobs(Run(args.out, args.until, args.goes_on))
+    else:
+        return supervise(args.out, time.time() + args.seconds)
+    return 0
 
-    run.stage("the first number: clean eager loop", eager_loop, run, small, batches[0])
-    run.stage("compile", compile_all, small, sizes, batches)
+
+def supervise(out: Path, until: float) -> int:
+    """All jobs in one process; the rest of them in another, where one has ended it."""
+    command = [sys.executable, __file__, "--out", str(out), "--until", str(until)]
+    command += ["--dry-run"] if DRY else []
+    status, started = subprocess.run(command).returncode, 1
+    while status and started < 10 and (out / "gpu.json").exists():
+        print(f"exit status {status}: going on in a new process", flush=True)
+        status, started = subprocess.run([*command, "--goes-on"]).returncode, started + 1
+    return status
+
+
+def only_build(case: Case) -> None:
+    with contextlib.nullcontext() if case.tile is None else other_tiles(case.tile):
+        build(case.backend, problem(case.size, case.batch, case.dropout))
+
+
+def run_jobs(run: Run) -> None:
+    """What matters most first: the time may not be enough for all."""
+    small, sizes = ("tiny", ["tiny"]) if DRY else ("small", ["small", "medium", "large"])
+    few, many = batches = (2, 3) if DRY else (4, 64)
+    job, fused = run.job, DEFAULTS[0]
+    variants = [Case(fused, size, many, tile=k) for k, (size, *_) in enumerate(tile_cases())]
+    dropped = [Case(fused, size, few, 0.1) for size in sizes[:2]]
+    other_modes = [Case(f"fused {mode}", small, few) for mode in MODES[1:]]
+    usual = [Case(fused, size, batch) for size in sizes for batch in batches]
+    cases = [*usual, *variants, *dropped, *other_modes]
+    if DRY:  # nothing to compile: one of each kind shows that they start
+        cases = [usual[0], variants[0], dropped[0]]
+
+    name = "the first number: clean eager loop"
+    job(name, run.stage, name, eager_loop, run, small, few)
+    compiles = functools.partial(run.stage, seconds=COMPILE_SECONDS + 20)
+    job("compile", compiles, "compile", compile_all, run, cases)
     count = 6 if DRY else 400
     for weights in ("fresh", "trained"):
         for radius in (0.1,) if DRY else (0.1, 0.01, 0.001):
             name = f"gate {small} {weights} {radius:g}"
-            run.stage(name, gate, run, small, batches[0], weights, radius, count, BACKENDS)
-    for size in sizes:
-        if size != small:
-            name = f"gate {size}"
-            run.stage(name, gate, run, size, batches[0], "fresh", 0.1, 100, DEFAULTS)
+            job(name, run.stage, name, gate, run, small, few, weights, radius, count, BACKENDS)
+    for size in sizes[1:]:
+        name = f"gate {size}"
+        job(name, run.stage, name, gate, run, size, few, "fresh", 0.1, 100, DEFAULTS)
     usable = [backend for backend in BACKENDS if passed(run, backend)]
     for backend in usable:
         if backend != "batched":
-            count = 6 if DRY else 200
-            name = f"gate descent {small} {backend}"
-            run.stage(name, gate_descent, run, small, batches[0], backend, count)
+            name, case = f"gate descent {small} {backend}", Case(backend, small, few)
+            job(name, run.stage, name, gate_descent, run, case, 6 if DRY else 200)
     print(f"passed the gate: {usable}")
+
+    def measured(case: Case) -> None:
+        regimes = (
+            () if case.size != small or case in other_modes else (0.4,) if DRY else (1e-3, 0.4)
+        )
+        if case.backend in usable:
+            job(f"measure {case.label}", measure, run, case, regimes)
 
     for size in sizes:
         for batch in batches:
-            if (size, batch) != (small, batches[0]):
-                run.stage(f"eager {size} B={batch}", eager_loop, run, size, batch)
-            run.stage(f"reference {size} B={batch}", reference_step, run, size, batch)
-            regimes = () if size != small else (0.4,) if DRY else (1e-3, 0.4)
-            for backend in DEFAULTS:
-                if backend in usable:
-                    measure(run, backend, size, batch, regimes)
-    capability = 9 if DRY or torch.cuda.get_device_capability()[0] == 9 else 8
-    if "fused fp16x3" in usable:
-        wide = {"rows": 128, "warps": 8}
-        changes = [wide, {"hidden": 64}, {"stages": 3}]
-        run.stage("tiles", tiles, run, small, "blocks", (capability, 64, 16), changes)
-        run.stage("tiles", tiles, run, small, "tail", (capability, 64), [wide])
-        if not DRY:
-            twice = {"warps": 8, "hidden": 64, "queries": 32, "staged": 64}  # some products twice
-            changes = [wide, twice, {"rows": 32, "hidden": 64, "queries": 64, "staged": 64}]
-            run.stage("tiles", tiles, run, "medium", "blocks", (capability, 128, 32), changes)
-    for mode in MODES[1:]:
-        if f"fused {mode}" in usable:
-            measure(run, f"fused {mode}", small, batches[0], ())
+            for work in (eager_loop, reference_step):
+                name = f"{work.__name__} {size} B={batch}"
+                if (work, size, batch) != (eager_loop, small, few):  # the first number
+                    job(name, run.stage, name, work, run, size, batch)
+            measured(Case(fused, size, batch))
+    for size in sizes:
+        for backend in DEFAULTS[1:]:
+            for batch in batches:
+                measured(Case(backend, size, batch))
+        if size == small and fused in usable:
+            for case in variants:
+                name = f"{case.label}: {tile_cases()[case.tile]}"
+                job(name, run.stage, name, tiles, run, case)
+            for case in (*dropped, *other_modes):
+                measured(case)
     run.save()
-    print((args.out / "gpu.txt").read_text())
-    return 0
+    print((run.out / "gpu.txt").read_text())
 
 
 if __name__ == "__main__":

@@ -67,9 +67,11 @@ def padded_positions(T: int) -> int:
 
 
 # (compute capability, padded d_model, positions) -> how ``blocks`` is cut, and without the
-# positions ``tail``. Each is free of spills in fp16x3 and fits into shared memory:
-# `python -m psfast.kernels.compile` checks all of them. Four warps a tile of 64 rows: eight would
-# compute some products twice (which only the one for 64 positions bears; with four it spills).
+# positions ``tail``. Each fits into shared memory and, with the Triton that we pin, is free of
+# spills in fp16x3: `python -m psfast.kernels.compile` checks all of them. Triton 3.6 spills in
+# four of them (up to 1.4 KB), with dropout alone and outside the inner loops. Four warps a tile
+# of 64 rows: eight would compute some products twice (which only the one for 64 positions bears;
+# with four it spills).
 BLOCKS = {
     (9, 64, 16): Cut(64, 4, hidden=32, queries=32),
     (9, 64, 32): Cut(64, 4, hidden=64, queries=32),

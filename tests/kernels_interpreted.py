@@ -356,6 +356,26 @@ def test_kernels_that_get_a_loss_wrong_are_found(monkeypatch):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("method", ["losses", "refresh"])
+def test_kernels_that_are_wrong_out_of_fp16s_range_alone_are_found(monkeypatch, method):
+    objective = FusedCudaObjective(*problem(**SIZES["three tiles"] | {"n_layers": 2}), seed=3)
+    masks = objective._masks(objective.inputs.shape, 0.1)
+    monkeypatch.setattr(fused_cuda, "_checked", set())
+    run = objective._plan._run
+
+    def without_repair(*arguments):
+        *others, first, repair = arguments
+        if not (repair and (first is not None) == (method == "refresh")):
+            run(*others, first, repair)
+
+    monkeypatch.setattr(objective._plan, "_run", without_repair)
+    ends = "blocks.0.ln2.bias, blocks.1.ln2.bias"
+    with pytest.raises(ValueError, match=f"wrong on this device, at a change of {ends}$"):
+        objective._check(masks)
+    monkeypatch.setattr(objective._plan, "_run", run)
+    objective._check(masks)
+
+
 def test_says_why_it_cannot_serve():
     model, criterion, inputs, targets = problem(**SIZES["three tiles"])
     tied = copy.deepcopy(model)

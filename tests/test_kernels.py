@@ -4,6 +4,7 @@ Triton decides at its import whether it interprets, so these tests run in a proc
 own; one that has imported Triton before could not.
 """
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -18,9 +19,16 @@ import psfast
 from psfast.objectives import _CLASSES
 from psfast.objectives.fused_cuda import FusedCudaObjective
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+NEW_NUMPY = tuple(map(int, importlib.metadata.version("numpy").split(".")[:2])) >= (2, 4)
+interpreted = pytest.mark.skipif(
+    OLD_TRITON and NEW_NUMPY, reason="Triton 3.6 cannot interpret with this NumPy"
+)
 
 
+@interpreted
 def test_interpreted():
     path = Path(__file__).with_name("kernels_interpreted.py")
     command = [sys.executable, "-m", "pytest", "-x", "-W", "ignore", str(path)]
@@ -29,6 +37,7 @@ def test_interpreted():
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@interpreted
 def test_the_gpu_benchmark_runs_dry(tmp_path):
     program = Path(__file__).parents[1] / "bench" / "gpu.py"
     command = [sys.executable, str(program), "--dry-run", "--out", str(tmp_path)]
@@ -40,6 +49,37 @@ def test_the_gpu_benchmark_runs_dry(tmp_path):
     assert all(record["ok"] for record in found["gate"])
     starts = {row["backend"] for row in found["rows"] if row["regime"] == "start"}
     assert starts == {"fused fp16x3", "fused tf32x3", "fused fp32", "batched", "graph"}
+
+
+LOST = """
+import os, sys, time
+sys.argv[1:] = ["--dry-run"]
+import gpu
+from pathlib import Path
+out, again = Path(OUT), (Path(OUT) / "gpu.json").exists()
+run = gpu.Run(out, time.time() + 100, again)
+run.job("one", run.stage, "one", lambda: run.row("tiny", 1, "any", "serial loop", 1.0))
+run.job("two", run.stage, "two", lambda: LAST_WORDS)
+run.job("three", run.stage, "three", lambda: None)
+"""
+
+
+@pytest.mark.parametrize("last_words", ["os._exit(9)", "time.sleep(60)"])
+def test_the_gpu_benchmark_goes_on_behind_a_stage_that_ended_its_process(tmp_path, last_words):
+    code = LOST.replace("OUT", repr(str(tmp_path))).replace("LAST_WORDS", last_words)
+    code = code.replace("import gpu\n", "import gpu\ngpu.Run.stage.__kwdefaults__['seconds'] = 1\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "bench")}
+    run = [
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+        for _ in range(2)
+    ]
+    assert run[0].returncode != 0 and run[1].returncode == 0, run[1].stderr.decode()
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert [stage["stage"] for stage in found["stages"]] == ["one", "two", "three"]
+    assert [stage["error"] for stage in found["stages"]] == ["", "the process ended in it", ""]
+    assert (
+        len(found["rows"]) == 1 and "two: the process ended" in (tmp_path / "gpu.txt").read_text()
+    )
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted here")

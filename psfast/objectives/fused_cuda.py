@@ -96,6 +96,9 @@ class FusedCudaObjective(FusedModelObjective):
     def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
         check_block(index, delta, self.flat.size)
         self._follow()
+        return self._loss_at(index, delta)
+
+    def _loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
         if self._trial_cache is None:
             self._trial_cache = self._plan.new_cache(self._rows)
         values = self._all_values().clone()
@@ -183,11 +186,11 @@ class FusedCudaObjective(FusedModelObjective):
             if new:  # compile what evaluates blocks now, not in the middle of a poll
                 zero = torch.zeros(1, dtype=torch.int64, device=inputs.device)
                 self._plan.losses(self._cache, self._values, self._rows, zero, zero.float())
+            if inputs.device.type == "cuda":
+                self._check(masks)
         except self._errors as error:
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"the kernels do not run on this device: {reason}") from error
-        if inputs.device.type == "cuda":
-            self._check(masks)
         self._is_fresh = True
 
     def _check(self, masks: Tensor | None) -> None:
@@ -199,12 +202,8 @@ class FusedCudaObjective(FusedModelObjective):
         mask = None if masks is None else masks * rows.inv_keep
         sizes = sizes_of(self.model, self.criterion)
         batch = FusedPlan(sizes, plan.eps, self.inputs.long(), self.targets.long(), mask, None)
-        wrong = wrong_tensors(
-            self.model,
-            self.params,
-            batch,
-            functools.partial(plan.losses, self._cache, self._values, rows),
-        )
+        losses = functools.partial(plan.losses, self._cache, self._values, rows)
+        wrong = wrong_tensors(self.model, self.params, batch, losses, self._loss_at)
         if wrong:
             raise ValueError(
                 f"the kernels get the loss wrong on this device, at a change of {', '.join(wrong)}"
