@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import random
+import signal
 import warnings
 
 import pytest
@@ -302,3 +303,36 @@ def test_10_freezing_later_is_respected():
         optimizer.step(loss)
     assert torch.equal(net[0].weight, before)
     assert loss() < start
+
+
+@pytest.mark.parametrize("backend", ["vmap", "batched"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_2_ctrl_c_inside_of_torchs_transforms_leaves_the_model_whole(backend, times):
+    net, _ = regression()
+    x, y = torch.randn(10, 4, dtype=torch.float64), torch.randn(10, 2, dtype=torch.float64)
+    pressing = []
+
+    def press(module, inputs):
+        for _ in range(len(pressing) and times):
+            pressing.clear()
+            signal.raise_signal(signal.SIGINT)
+
+    net.register_forward_pre_hook(press)
+    f = psfast.objective(net, nn.MSELoss(), x, y, backend=backend)
+    parameters, before, handler = (
+        list(net.parameters()),
+        values(net),
+        signal.getsignal(signal.SIGINT),
+    )
+    pressing.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        if backend == "vmap":
+            f.losses(torch.arange(4), torch.ones(4))
+        else:
+            psfast.objective(net, nn.MSELoss(), x, y, backend=backend)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert all(p is q for p, q in zip(net.parameters(), parameters, strict=True))
+    assert equal(values(net), before) and torch.is_grad_enabled()
+    brute = psfast.objective(net, nn.MSELoss(), x, y, backend="serial")
+    index, delta = torch.arange(4), torch.ones(4)
+    torch.testing.assert_close(f.losses(index, delta), brute.losses(index, delta))

@@ -112,15 +112,19 @@ class FusedObjective(FusedModelObjective):
         sizes = sizes_of(self.model, self.criterion)
         mask = _dropout_masks(self.model, inputs.shape, self.seed)
         old = self._plan
-        if old is None or old.sizes != sizes or old.tokens.shape != inputs.shape:
+        self.flat.changed()
+        is_other = self._is_of_other_dtype()
+        if old is None or is_other or old.sizes != sizes or old.tokens.shape != inputs.shape:
             eps = self.model.final_norm.eps
             self._plan = ops.fused_plan(sizes, eps, inputs, targets, mask, self.flat.buffer)
             self._scratch = None
         else:
             self._plan = old._replace(tokens=inputs, targets=targets, mask=mask)
-        self.flat.changed()
         self._refresh()
         self._is_fresh = True
+
+    def _is_of_other_dtype(self) -> bool:
+        return self._plan is not None and self._plan.workspace.dtype != self.flat.buffer.dtype
 
     def _for_ops(self, index: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         index = index.contiguous()
@@ -137,10 +141,11 @@ class FusedObjective(FusedModelObjective):
 
     def _follow(self) -> None:
         looks = self._must_look()
-        if looks and (not self._is_fresh or self._watch.changed()):
+        has_other_values = looks and self.flat.changed()
+        if looks and (not self._is_fresh or self._watch.changed() or self._is_of_other_dtype()):
             self._is_fresh = False
             self._prepare()
-        elif looks and self.flat.changed():
+        elif has_other_values:
             self._refresh()
         elif self._written:
             # Only now: between an accept and the next evaluation there often is another batch.

@@ -2,7 +2,7 @@
 
 import ctypes
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from operator import attrgetter, methodcaller
 
@@ -93,6 +93,8 @@ class SerialObjective(Objective):
 
     def accept(self, index: Tensor, delta: Tensor) -> None:
         check_point(index, delta, self.flat.size)
+        if self.flat.changed():
+            self._cells, self._is_incumbent = _Cells(self.flat), False
         was, self._is_incumbent = self._is_incumbent, False
         index, delta = index.to(self.flat.buffer.device), delta.to(self.flat.buffer)
         self.flat.add(index, delta)
@@ -169,6 +171,10 @@ class SerialObjective(Objective):
         ):
             yield
 
+    def _modules(self) -> Iterable[nn.Module]:
+        """Those that are known before they run: a closure's are not."""
+        return ()
+
     @contextmanager
     def _held_in_place(self):
         """Raise ValueError if the closure moves the parameters away from where we change them."""
@@ -189,8 +195,8 @@ class SerialObjective(Objective):
         """
         self._buffers, found, seen = [], [], set()
 
-        def note(module: nn.Module, _inputs) -> None:
-            if module._buffers and module not in seen:
+        def note(module: nn.Module, _inputs=None) -> None:
+            if module not in seen:
                 seen.add(module)
                 found.extend(
                     _SavedBuffer(module, name, value)
@@ -198,6 +204,8 @@ class SerialObjective(Objective):
                     if value is not None
                 )
 
+        for module in self._modules():
+            note(module)
         handle = nn.modules.module.register_module_forward_pre_hook(note)
         try:
             yield
@@ -222,13 +230,21 @@ class SerialModelObjective(SerialObjective):
             trainable(model.parameters()) if params is None else params,
             seed=seed,
         )
-        self._watch = Watch(CompositeLoss(model, criterion), self.params)
+        self._composite = CompositeLoss(model, criterion)
+        self._watch = Watch(self._composite, self.params)
         self()
 
     def _take_up(self) -> None:
-        if self._watch.has_other_parts():
+        is_other = self._watch.has_other_parts()
+        if is_other:
             self._watch.look(())
         super()._take_up()
+        if is_other:  # other modules, or other ones that train: they may write to other buffers
+            with self._evaluation(), self._found_buffers():
+                self._evaluate()
+
+    def _modules(self) -> Iterable[nn.Module]:
+        return self._composite.modules()
 
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
         self.inputs, self.targets = inputs, targets
@@ -270,8 +286,9 @@ class _SavedBuffer:
     """A module's buffer as it was."""
 
     def __init__(self, module: nn.Module, name: str, value: Tensor):
-        self.owner, self.name, self.value = module._buffers, name, value
-        self.copy = value.clone()
+        # A scripted module's own are not to be replaced, and another object at each look.
+        self.owner = module._buffers if isinstance(module._buffers, dict) else {name: value}
+        self.name, self.value, self.copy = name, value, value.clone()
 
     def changed(self) -> bool:
         # By content: batch_norm writes its statistics without a trace in the version counter.

@@ -7,6 +7,8 @@ op itself does it; ``torch.vmap`` of the op does the rest.
 What the rules take care of: a trial point's bits depend neither on K nor on its place.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -14,6 +16,7 @@ from torch.utils import _pytree as pytree
 from psfast.objectives.batched import arithmetic
 from psfast.objectives.batched.trace import Node
 from psfast.objectives.batched.values import Batch
+from psfast.objectives.interrupts import Uninterrupted
 
 aten = torch.ops.aten
 RULES: dict = {}
@@ -58,6 +61,8 @@ def plain(node: Node):
         return _linear_with_bias if is_linear and not node.kwargs else None
     if torch.Tag.pointwise not in getattr(op, "tags", ()) or op in RULES:
         return None
+    if op in PADDED:
+        return None
     return op if op not in STEADY or _has_no_tail(node.value) else None
 
 
@@ -96,7 +101,7 @@ _EITHER_FIRST = {aten.add.Tensor, aten.mul.Tensor}
 def overwrite(node: Node, args: list, spare: int) -> Tensor | None:
     """The result written over the stacked argument at ``spare``; None where that cannot be."""
     function = IN_PLACE.get(node.op)
-    if function is None or len(args) > 2 or (spare and node.op not in _EITHER_FIRST):
+    if function is None or node.kwargs or len(args) > 2 or (spare and node.op not in _EITHER_FIRST):
         return None
     target = args[spare]
     if not isinstance(target, Batch) or target.tensor.shape[1:] != node.value.shape:
@@ -118,7 +123,8 @@ def _vmap(node: Node, args: list, kwargs: dict):
         inner_args, inner_kwargs = pytree.tree_unflatten(values, spec)
         return node.op(*inner_args, **inner_kwargs)
 
-    return torch.vmap(one)(*(leaves[i].tensor for i in stacked))
+    with Uninterrupted():
+        return torch.vmap(one)(*(leaves[i].tensor for i in stacked))
 
 
 def stack(x, K: int) -> Tensor:
@@ -154,6 +160,8 @@ def pointwise(node: Node, K: int, *args, **kwargs):
         return NotImplemented
     kwargs = {name: align(a, ndim) for name, a in kwargs.items()}
     args = [align(a, ndim) for a in args]
+    if node.op in PADDED:
+        return _in_whole_vectors(node.op, *args, **kwargs)
     if node.op not in STEADY:
         return node.op(*args, **kwargs)
     if _has_no_tail(node.value):
@@ -168,6 +176,22 @@ def _in_vectors(op, x: Tensor, *args, **kwargs) -> Tensor:
     missing = -x.numel() % (_VECTORS * torch.get_num_threads())
     padded = torch.nn.functional.pad(x.reshape(-1), (0, missing))
     return op(padded, *args, **kwargs)[: x.numel()].view(x.shape)
+
+
+def _in_whole_vectors(op, *args, **kwargs) -> Tensor:
+    """``op`` of values filled up, so that none of them is among the last few."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if tensors[0].device.type != "cpu":
+        return op(*args, **kwargs)
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    missing = -math.prod(shape) % (_VECTORS * torch.get_num_threads())
+
+    def filled(a):
+        if not isinstance(a, Tensor) or not a.ndim:  # a number's dtype gives way to a tensor's
+            return a
+        return torch.nn.functional.pad(a.expand(shape).reshape(-1), (0, missing), value=1.0)
+
+    return op(*map(filled, args), **kwargs)[: math.prod(shape)].view(shape)
 
 
 @rule(aten.tanh.default)
@@ -216,6 +240,12 @@ STEADY = {
     aten.elu.default: _elu,
     aten.mish.default: lambda x: _softplus(x).tanh_().mul_(x),
 }
+# The same of ops that are rarer, and simply filled up with other elements.
+PADDED = {
+    aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar, aten.exp2.default,
+    aten.sinh.default, aten.cosh.default, aten.atanh.default, aten.atan2.default,
+    aten.hypot.default, aten.logaddexp.default, aten.logaddexp2.default,
+}  # fmt: skip
 
 
 # --- views ----------------------------------------------------------------------------------
@@ -306,7 +336,7 @@ def ends_with_dim(node: Node, args: tuple) -> bool:
 @rule(aten.copy.default)
 def _copy(node, K, x, source, non_blocking=False):
     like = stack(x, K)
-    return align(source, like.ndim - 1).to(like.dtype).expand(like.shape)
+    return align(source, like.ndim - 1).to(like.dtype).expand(like.shape).clone()
 
 
 @rule(aten.cat.default)

@@ -18,6 +18,10 @@ from psfast.random_state import seeded
 aten = torch.ops.aten
 _RECORD_AT = 1  # uses before; what runs once, as the check of a size, is not worth recording
 _RANDOM = torch.Tag.nondeterministic_seeded
+_FIRST_RESULT_ONLY = (  # is what the rules compute of these
+    "max_pool2d_with_indices", "batch_norm", "native_layer_norm", "attention", "nll_loss",
+    "embedding_bag",
+)  # fmt: skip
 # 5% less time in small programs, of which nobody wants a gradient
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
@@ -49,6 +53,10 @@ class Incumbent:
         for node in self.moving:
             if _RANDOM in getattr(node.op, "tags", ()) and not _draws_nothing(node):
                 raise ValueError(f"{node.op} draws random numbers from values that change")
+            if node.op is operator.getitem and node.args[1]:
+                source = graph.nodes[node.args[0]].op
+                if any(name in source._schema.name for name in _FIRST_RESULT_ONLY):
+                    raise ValueError(f"it reads another result of {source} than the first")
             if node.dynamic and any(graph.nodes[i].depends for i in node.dynamic):
                 raise ValueError(f"the shape of {node.op}'s result depends on the parameters")
         for node in graph.nodes:
@@ -106,7 +114,7 @@ class Incumbent:
         """
         nodes = self.graph.nodes
         for number, tensor in zip(self.graph.data, tensors, strict=True):
-            nodes[number].value = tensor
+            nodes[number].value = tensor.detach()  # a tensor given twice is two values
         is_first = nodes[self.graph.loss].value is None
         with seeded(seed, device):
             for node in nodes if is_first else self.fixed:
@@ -116,7 +124,12 @@ class Incumbent:
             node.batch_memo.clear()
         self.touch(None)
         before, had_one = self.rows, self.rows == 1
-        self.rows = None if self.graph.rows is None else len(nodes[self.graph.rows].value)
+        self.rows = None
+        if self.graph.rows is not None:
+            self.rows = len(nodes[self.graph.rows].value)
+        elif self.graph.masked is not None:
+            target, ignored = self.graph.masked
+            self.rows = int((nodes[target].value != ignored).sum())
         if before != self.rows and (had_one or self.rows == 1):
             self.alone = None  # a product of one row is what may differ
         return before != self.rows
@@ -257,8 +270,10 @@ class Incumbent:
             return args, kwargs
         names = pytree.tree_leaves((node.args, node.kwargs))
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        data = [i for i in tensors if not self.graph.nodes[names[i]].weight]
-        for i in data or tensors:
+        read = {i: self.graph.nodes[names[i]] for i in tensors}
+        data = [i for i in tensors if not read[i].weight]
+        moving = [i for i in data if read[i].depends]  # a mask, say, is the same for all
+        for i in moving or data or tensors:
             leaves[i] = Batch(leaves[i].expand(self.copies, *leaves[i].shape))
         return pytree.tree_unflatten(leaves, spec)
 

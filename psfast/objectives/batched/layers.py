@@ -183,8 +183,8 @@ def _nll_loss(node, K, x, target, weight, reduction, ignore_index):
     def read_targets():
         counted = (target != ignore_index).nonzero().squeeze(1)
         own = target[counted]
-        one = torch.ones((), dtype=dtype, device=target.device)
-        weights = one.expand(own.shape) if weight is None else weight[own]
+        # of the shape that own has in the batch at hand: a number would be recorded for all
+        weights = torch.ones_like(own, dtype=dtype) if weight is None else weight[own]
         # the number itself comes from the tensor, so that it follows another batch
         return counted * classes + own, weights, weights.sum()
 

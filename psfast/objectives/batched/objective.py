@@ -16,6 +16,7 @@ from psfast.objectives.batched.evaluate import Evaluator
 from psfast.objectives.batched.incumbent import Incumbent, has_bits
 from psfast.objectives.batched.plan import Plan
 from psfast.objectives.batched.trace import (
+    check_kernels,
     named_state,
     plain_loss,
     refuse_autocast,
@@ -33,6 +34,7 @@ _SPARSE_CACHED = 16 << 20  # the same of all values of the sparse part together
 _TEMPORARY = 4  # as often its values' bytes the sparse part takes on the way
 _SMALL_GROUP = 32  # trial points of one tensor that are worth a program of their own
 _FEW = 16  # trial points that are sorted sooner in Python than by tensor operations
+_MOST_COPIED = 1 << 28  # elements of parameters, for the trial points that are checked
 
 
 def _evaluating(method: Callable) -> Callable:
@@ -53,7 +55,8 @@ class BatchedObjective(Objective):
 
     The model is traced once; a trial point runs from the tensor that it changes on, on the
     incumbent's values, and many run stacked over shared weights. The trace holds for batches
-    of the same shapes, the same modules and the same training mode; it is made anew for others.
+    of the same shapes, the same modules and the same training mode; it is made anew for others,
+    and for each batch that holds what torch cannot see into (arrays of NumPy, other objects).
 
     Raises ValueError, with the reason, for a model that cannot be traced or whose trace does
     not reproduce it, and under autocast.
@@ -220,10 +223,12 @@ class BatchedObjective(Objective):
         return *signature(self._composite, self.inputs, self.targets), buffer.dtype, buffer.device
 
     def _verify(self) -> None:
-        """Raise ValueError unless the graph has the model's loss, here and at another point."""
+        """Raise ValueError unless the graph has the model's loss, here and at other points."""
         self._compare("the incumbent")
+        check_kernels(self._composite, self.inputs, self.targets, self.seed)
         with self._another_point():
             self._compare("another point")
+        self._compare_trial_points()
 
     @contextmanager
     def _another_point(self):
@@ -255,6 +260,27 @@ class BatchedObjective(Objective):
                 f"the model's {expected.item():.9g}; does its control flow depend on values, or "
                 "does it read a parameter outside of torch?"
             )
+
+    def _compare_trial_points(self) -> None:
+        """The same for a trial point of each tensor, or of as many as the time is spent on."""
+        names = {p: name for name, p in self._composite.named_parameters()}
+        every = math.ceil(len(self.params) * self.flat.size / _MOST_COPIED)
+        for number in range(0, len(self.params), every):
+            start, stop = self.flat.offsets[number : number + 2]
+            at = start + (2 * (number % 3) + 1) * (stop - start) // 6  # not only first elements
+            index, delta = torch.tensor([at], device=self.device), torch.ones(1)
+            (got,) = self._losses_of_few(index, delta, None)
+            saved = self.flat.buffer[at].clone()
+            try:
+                self.flat.buffer[at] += 1.0
+                expected = plain_loss(self._composite, self.inputs, self.targets, self.seed)
+            finally:
+                self.flat.buffer[at] = saved
+            if not reproduces(got, expected):
+                raise ValueError(
+                    f"a trial point of {names[self.params[number]]} would have the loss "
+                    f"{got.item():.9g}, the model's is {expected.item():.9g}"
+                )
 
     # --- trial points --------------------------------------------------------------------------
 

@@ -62,6 +62,8 @@ class Plan:
         done = {start, *(n.number for n in light)}
         self.heavy = [n for n in self.nodes if n.number not in done]
         self.needed = sorted({i for n in self.heavy for i in n.inputs if i in done})
+        if not self.heavy:
+            self.needed = [self.nodes[-1].number]  # the loss
         last = {i: n.number for n in self.heavy for i in n.inputs}
         for i, user in last.items():
             self.last_use.setdefault(user, []).append(i)

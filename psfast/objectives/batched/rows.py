@@ -26,11 +26,15 @@ def keep_counted_rows(graph: Graph, tensors: list[Tensor]) -> Graph:
     Call after ``Graph.mark``.
     """
     loss = _masked_loss(graph)
-    integers = [t for t in tensors if not t.is_floating_point()]
-    if loss is None or not any((t == loss.args[4]).any() for t in integers):
+    if loss is None:
         return graph
-    region = _Region(graph, loss)
-    return region.rewritten() if region.members else graph
+    integers = [t for t in tensors if not t.is_floating_point()]
+    if any((t == loss.args[4]).any() for t in integers):
+        region = _Region(graph, loss)
+        if region.members:
+            return region.rewritten()
+    graph.masked = int(loss.args[1]), loss.args[4]
+    return graph
 
 
 def _masked_loss(graph: Graph) -> Node | None:
@@ -72,14 +76,17 @@ class _Region:
         if node.weight or node.kwargs:
             return False
         if op is aten.native_layer_norm.default:
-            return self._has_rows(node.args[0]) and len(node.args[1]) == 1
+            weights = [a for a in node.args[2:4] if isinstance(a, Ref)]
+            by_row = len(node.args[1]) == 1 and all(nodes[a].weight for a in weights)
+            return by_row and self._has_rows(node.args[0])
         if op is operator.getitem:
             is_norm = nodes[node.args[0]].op is aten.native_layer_norm.default
             return is_norm and node.args[1] == 0 and self._has_rows(node.number)
         if not self._has_rows(node.number):
             return False
         if op in (aten.mm.default, aten.addmm.default):
-            return nodes[node.args[-1]].weight and node.args[-2] not in self.graph.state
+            *bias, x, weight = node.args
+            return all(nodes[a].weight for a in (*bias, weight)) and x not in self.graph.state
         if op in _RESHAPES:
             return nodes[node.args[0]].shape is not None and (
                 nodes[node.args[0]].shape[-1] == node.shape[-1] and self._has_rows(node.args[0])
@@ -140,9 +147,15 @@ class _Region:
                 place[node.number] = int(counted(node.args[0]))
                 continue
             inside = node.number in self.members or node is self.loss
-            to = counted if inside else lambda i: Ref(place[i])
+            of_rows = set(node.inputs) if inside else set()
+            if node is self.loss:
+                of_rows = {int(a) for a in node.args[:2]}  # the third is of the classes
+
+            def to(i: int, of_rows=of_rows) -> Ref:
+                return counted(i) if i in of_rows else Ref(place[i])
+
             args, kwargs = pytree.tree_map(
-                lambda a, to=to: to(int(a)) if isinstance(a, Ref) else a, (node.args, node.kwargs)
+                lambda a, to=to: to(a) if isinstance(a, Ref) else a, (node.args, node.kwargs)
             )
             if node.op is aten._log_softmax.default and inside:
                 args = (args[0], 1, args[2])

@@ -131,6 +131,8 @@ def _view_of_column(node: Node, x: Column, args, kwargs):
             return NotImplemented
     elif node.op not in _MOVES:
         return NotImplemented
+    if node.op is aten.squeeze.dim and x.base.shape[args[0]] != 1:  # nothing to squeeze
+        return Column(node.value, x.dim, x.at, x.new)
     # follow the dimension through the op by its length, one against two
     marked = torch.empty([2 if d == dim else 1 for d in range(ndim)], device="meta")
     if node.op in (aten.slice.Tensor, aten.select.int):

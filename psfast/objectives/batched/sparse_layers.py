@@ -71,7 +71,7 @@ def _embedding(node: Node, weight, indices, *_):
 
 
 @light(aten._embedding_bag_forward_only.default, aten._embedding_bag.default)
-def _embedding_bag(node: Node, weight, indices, offsets, by_frequency, mode, *rest):
+def _embedding_bag(node: Node, weight, indices, offsets, by_frequency=False, mode=0, *rest):
     """Sums and means: a bag's output moves as often as it holds the row."""
     per_sample = rest[1] if len(rest) > 1 else None
     padding = rest[3] if len(rest) > 3 else -1
@@ -116,6 +116,9 @@ def _attention(node: Node, q, k, v, *args, **kwargs):
     if not heads or any(x.dim != -3 or x.at is not heads[0].at for x in heads):
         return NotImplemented
     if not is_base(*(x for x in (q, k, v) if x not in heads), *args, *kwargs.values()):
+        return NotImplemented
+    values = [x.base if isinstance(x, Column) else x for x in (q, k, v)]
+    if len({x.shape[-3] for x in values}) > 1:  # grouped queries: a head of k is of several of q
         return NotImplemented
     taken = [take(x, heads[0]) for x in (q, k, v)]
     out = layers.attention(node, len(heads[0].at), *taken, *args, **kwargs)

@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from psfast.objectives.batched.modes import NoReadValues, run_under, shares_memory, spans
+from psfast.objectives.interrupts import Uninterrupted
 from psfast.random_state import seeded
 
 aten = torch.ops.aten
@@ -112,6 +113,7 @@ class Graph:
     state: number of a node -> the parameter or buffer that it stands for
     data: the numbers of the nodes of the tensors among inputs and targets, in tree order
     rows: the number of the node of the rows that the loss counts, if only those are computed
+    masked: (number of the node of the targets, the ignored one) of a cross-entropy on all rows
     constants: the tensors from outside of module and batch that the loss reads
     fixed_batch: the graph holds for this one batch only (an output's shape depends on values)
     """
@@ -130,6 +132,7 @@ class Graph:
         self.data = data
         self.constants = constants
         self.rows: int | None = None
+        self.masked: tuple[int, int] | None = None
         self.fixed_batch = any(n.dynamic for n in nodes)
 
     def mark(self, params: list[nn.Parameter]) -> None:
@@ -151,14 +154,33 @@ class Graph:
 
 
 def plain_loss(loss: nn.Module, inputs, targets, seed: int) -> Tensor:
-    """The loss as the model computes it, with the dropout masks of ``seed``.
+    """The loss as the model computes it by plain kernels, with the dropout masks of ``seed``.
 
     What the forward pass writes to parameters and buffers is lost: it is given copies.
     """
+    with plain_kernels():
+        return _loss(loss, inputs, targets, seed)
+
+
+def _loss(loss: nn.Module, inputs, targets, seed: int) -> Tensor:
     state = {name: t.detach().clone() for name, t in named_state(loss).items()}
     device = next((p.device for p in loss.parameters()), torch.device("cpu"))
-    with plain_kernels(), seeded(seed, device):
+    with Uninterrupted(), seeded(seed, device):
         return functional_call(loss, state, (inputs, targets))
+
+
+def check_kernels(loss: nn.Module, inputs, targets, seed: int) -> None:
+    """Raise ValueError if the model has another loss by plain kernels than by its usual ones.
+
+    torch's fused encoder layers do: they write zeros to padded positions.
+    """
+    with torch.no_grad():
+        usual, plain = (f(loss, inputs, targets, seed) for f in (_loss, plain_loss))
+    if usual.shape == plain.shape and not reproduces(plain, usual):
+        raise ValueError(
+            f"the model's loss depends on which kernels torch takes: {usual.item():.9g} by its "
+            f"fused ones, {plain.item():.9g} without"
+        )
 
 
 def reproduces(losses: Tensor, expected: Tensor) -> bool:
@@ -181,7 +203,11 @@ def signature(loss: nn.Module, inputs, targets) -> tuple:
 
 
 def _kind(x) -> tuple:
-    return (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else (x,)
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype, x.device
+    if x is None or isinstance(x, (bool, int, float, complex, str, bytes)):
+        return type(x), x
+    return (object(),)  # nobody can tell what it holds: never the same again
 
 
 def refuse_autocast(device: torch.device) -> None:
@@ -273,10 +299,11 @@ def trace(loss: nn.Module, inputs, targets, device) -> Graph:
         return make_fx(functional)(*pytree.tree_leaves(example()))
 
     try:
-        with plain_kernels(), seeded(0, device):
+        with plain_kernels(), seeded(0, device), Uninterrupted():
             traced = run_under(NoReadValues(live), both_passes)
         _fold_expanded_products(traced.graph)
         _separate_dropout_masks(traced.graph)
+        _refuse_read_statistics(traced.graph)
         return _read(traced, live, len(places))
     except Exception as error:  # whatever a user's forward raises, tracing is not for it
         reason = str(error).strip().splitlines()
@@ -325,6 +352,19 @@ def _separate_dropout_masks(graph: torch.fx.Graph) -> None:
             result.replace_all_uses_with(out)
 
 
+def _refuse_read_statistics(graph: torch.fx.Graph) -> None:
+    """Raise ValueError if running statistics are read that the same forward pass has updated.
+
+    The ops that update them do not say so, and the trace would read the old ones.
+    """
+    norms = [n for n in graph.nodes if "batch_norm" in str(n.target) and n.op == "call_function"]
+    norms = {norm for norm in norms if any(a is True for a in norm.args)}  # in training
+    for norm in norms:
+        for statistics in norm.args[3:5]:
+            if isinstance(statistics, torch.fx.Node) and not norms.issuperset(statistics.users):
+                raise ValueError("it reads running statistics of a batch norm that trains")
+
+
 def _shape(node: torch.fx.Node) -> list[int]:
     return list(node.meta["tensor_meta"].shape) if "tensor_meta" in node.meta else []
 
@@ -367,6 +407,8 @@ def _read(traced: torch.fx.GraphModule, state: list[Tensor], n_data: int) -> Gra
         nodes.append(node)
     if not isinstance(loss, torch.fx.Node):
         raise ValueError("the loss does not depend on the model: the trace made it a constant")
+    if loss.op == "placeholder":
+        raise ValueError("the loss is a parameter itself, or a part of the batch")
     placeholders = [number[fx] for fx in traced.graph.nodes if fx.op == "placeholder"]
     n_state = len(state)
     if len(placeholders) != n_state + n_data:

@@ -13,12 +13,14 @@ from psfast.objectives.base import CompositeLoss, Objective, check_block, check_
 from psfast.objectives.batched.incumbent import has_bits
 from psfast.objectives.batched.modes import NoHiddenReads, no_fallback_notes, run_under
 from psfast.objectives.batched.trace import (
+    check_kernels,
     plain_kernels,
     refuse_autocast,
     reproduces,
     signature,
 )
 from psfast.objectives.batched.workspace import checked_workspace
+from psfast.objectives.interrupts import Uninterrupted
 from psfast.objectives.watch import Watch
 from psfast.random_state import seeded
 
@@ -38,6 +40,9 @@ class VmapObjective(Objective):
 
     Chunks have one of few sizes, that were found to have the same bits, and are filled up. Their
     first member is the incumbent: a trial point that has its bits has exactly its loss.
+
+    What ``forward`` keeps in an attribute (``self.last = x``) is torch's stand-in for K values,
+    of no use afterwards; the next forward pass of the model replaces it.
 
     Raises ValueError, with the reason, where vmap fails or does not reproduce the model, and
     under autocast.
@@ -141,7 +146,8 @@ class VmapObjective(Objective):
     # --- evaluation -----------------------------------------------------------------------
 
     def _evaluate(self, run: Callable) -> Tensor:
-        with no_fallback_notes(), plain_kernels(), seeded(self.seed, self.flat.buffer.device):
+        seed = seeded(self.seed, self.flat.buffer.device)
+        with Uninterrupted(), no_fallback_notes(), plain_kernels(), seed:
             return run()
 
     def _loss(self, state: dict) -> Tensor:
@@ -183,6 +189,7 @@ class VmapObjective(Objective):
             raise ValueError(f"the loss must be a scalar, got shape {tuple(plain.shape)}")
         if not has_bits(plain, self._plain()):
             raise ValueError("the model's loss differs from one evaluation to the next")
+        check_kernels(self._composite, self.inputs, self.targets, self.seed)
         widest = max(p.nbytes for p in self.params)
         most = max(2, min(_LARGEST_CHUNK, self.workspace // (one.bytes + 2 * widest)))
         sizes = sorted({2, min(8, most), most})
