@@ -136,6 +136,31 @@ def test_a_loss_that_is_an_element_of_a_parameter():
     torch.testing.assert_close(f.losses(index, delta).double(), expected)
 
 
+class UnreadDraws(nn.Module):
+    """Masks that nobody reads still decide what the later ones are."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.drop = nn.Linear(5, 6), nn.Linear(6, 3), nn.Dropout(0.4)
+
+    def forward(self, x):
+        self.drop(x)
+        h = self.drop(torch.tanh(self.first(x)))
+        self.drop(h)
+        return self.drop(self.last(h))
+
+
+def test_dropout_that_nobody_reads():
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    arguments = UnreadDraws().double(), mse, x, y
+    f, brute = (kind(*arguments, seed=3) for kind in (BatchedObjective, SerialModelObjective))
+    check(f, brute)
+    for objective in (f, brute):
+        objective.set_batch(x, y, seed=5)
+    check(f, brute)
+
+
 class Unpooled(nn.Module):
     def __init__(self):
         super().__init__()

@@ -374,7 +374,7 @@ def _read(traced: torch.fx.GraphModule, state: list[Tensor], n_data: int) -> Gra
 
     Raises ValueError, with the reason, for what is no graph of our kind.
     """
-    traced.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    traced.graph.eliminate_dead_code(is_impure_node=_stays)
     nodes: list[Node] = []
     number: dict[torch.fx.Node, int] = {}
     constants: list[Tensor] = []
@@ -423,6 +423,12 @@ def _read(traced: torch.fx.GraphModule, state: list[Tensor], n_data: int) -> Gra
         placeholders[n_state:],
         constants,
     )
+
+
+def _stays(fx: torch.fx.Node) -> bool:
+    """Whether the node is needed without a reader: a draw decides what the later ones give."""
+    is_random = torch.Tag.nondeterministic_seeded in getattr(fx.target, "tags", ())
+    return is_random or fx.op in ("placeholder", "output")
 
 
 def _name_the_shape(fx: torch.fx.Node) -> None:
