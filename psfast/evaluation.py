@@ -1,17 +1,20 @@
 """Loss, perplexity and accuracy over the supervised positions, and the batches they come in."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
 from psfast.flat import same_parameters, trainable
-from psfast.objectives import objective
-from psfast.objectives.base import Objective
+from psfast.objectives import BACKENDS, objective
+from psfast.objectives.base import CompositeLoss, Objective
+from psfast.random_state import draws
 
 
 class Scores(NamedTuple):
@@ -165,6 +168,9 @@ class BatchObjectives:
 
     optimizer: its trainable parameters are the ones that are searched
     backend: see ``psfast.objective``
+
+    A batch that the objective refuses has one of its own, of a backend that serves it, which is
+    said once; the next batch comes to the first one again.
     """
 
     def __init__(
@@ -177,51 +183,74 @@ class BatchObjectives:
         self.model, self.criterion = model, criterion
         self.optimizer, self.backend = optimizer, backend
         self.objective: Objective | None = None
+        self._first: Objective | None = None
         self._place: _Place | None = None
+        self._draws: dict[tuple, bool] = {}
+        self._warned = False
 
     def on(self, inputs, targets, seed: int) -> Objective:
-        """The objective on this batch, with the dropout mask of ``seed`` if there is dropout.
+        """The objective on this batch, with the dropout mask of ``seed`` if it draws any.
 
         The same batch and mask as before are the same objective: nothing is refreshed.
 
         Raises ValueError if no position is supervised.
         """
         supervised_positions(self.criterion, targets)
-        if not self._has_dropout():
-            seed = 0
+        modes = tuple(module.training for module in self.model.modules())
+        if modes not in self._draws:
+            self._draws[modes] = self._draws_random_numbers(inputs, targets)
+        seed = seed if self._draws[modes] else 0
         params = trainable(p for group in self.optimizer.param_groups for p in group["params"])
-        if self.objective is not None and not same_parameters(params, self.objective.params):
-            self.objective = self._place = None  # some were frozen or added since
+        if self._first is not None and not same_parameters(params, self._first.params):
+            self.objective = self._first = self._place = None  # some were frozen or added since
         if self._place is not None and self._place.is_at(inputs, targets, seed):
             return self.objective
         self._place = None  # until this batch is in place
-        if not self._taken_on(inputs, targets, seed):
-            self.objective = objective(
-                self.model,
-                self.criterion,
-                inputs,
-                targets,
-                params=params,
-                backend=self.backend,
-                seed=seed,
-            )
+        known = dict.fromkeys(f for f in (self._first, self.objective) if f is not None)
+        self.objective = next(
+            (f for f in known if _takes_on(f, inputs, targets, seed)), None
+        ) or self._built(inputs, targets, params, seed)
         self._place = _Place.of(inputs, targets, seed)
         return self.objective
 
-    def _taken_on(self, inputs, targets, seed: int) -> bool:
-        if self.objective is None:
-            return False
-        try:
-            self.objective.set_batch(inputs, targets, seed=seed)
-        except ValueError:  # another shape or mode than its backend can serve
-            return False
-        return True
+    @torch.no_grad()
+    def _draws_random_numbers(self, inputs, targets) -> bool:
+        """Whether the loss does, by whatever module or function: one evaluation on copies."""
+        loss = CompositeLoss(self.model, self.criterion)
+        tensors = [*loss.named_parameters(), *loss.named_buffers()]
+        copies = {name: tensor.detach().clone() for name, tensor in tensors}
+        device = self.optimizer.param_groups[0]["params"][0].device
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again when it is evaluated
+            try:
+                return draws(lambda: functional_call(loss, copies, (inputs, targets)), device)
+            except Exception:  # the objective will say what is wrong
+                return True
 
-    def _has_dropout(self) -> bool:
-        return any(
-            isinstance(module, nn.modules.dropout._DropoutNd) and module.p and module.training
-            for module in self.model.modules()
-        )
+    def _built(self, inputs, targets, params: list[nn.Parameter], seed: int) -> Objective:
+        options = {"params": params, "backend": self.backend, "seed": seed}
+        found = objective(self.model, self.criterion, inputs, targets, **options)
+        first = self._first
+        if first is None or BACKENDS.index(found.backend) <= BACKENDS.index(first.backend):
+            self._first = found
+        elif not self._warned:
+            self._warned = True
+            reason = found.why_not.get(first.backend, "it refuses the batch")
+            warnings.warn(
+                f"a batch is evaluated by {found.backend!r}, not by {first.backend!r} as those "
+                f"before: {reason}",
+                UserWarning,
+                stacklevel=4,
+            )
+        return found
+
+
+def _takes_on(known: Objective, inputs, targets, seed: int) -> bool:
+    try:
+        known.set_batch(inputs, targets, seed=seed)
+    except ValueError:  # another shape or mode than its backend can serve
+        return False
+    return True
 
 
 class _Place(NamedTuple):

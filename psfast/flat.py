@@ -8,6 +8,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, nn
 
+_PIECE = 2**20 - 3  # words at a time
+
 
 def trainable(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """The parameters with ``requires_grad``, in order, each (tied) one once."""
@@ -17,6 +19,16 @@ def trainable(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
 def same_parameters(a: list[nn.Parameter], b: list[nn.Parameter]) -> bool:
     """Whether both hold the same parameters (the objects) in the same order."""
     return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """Of the bits, an int64 scalar tensor: it tells one content from another."""
+    words = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if not len(words) % 8 and not words.storage_offset() % 8:
+        words = words.view(torch.int64)
+    weights = torch.arange(1, min(len(words), _PIECE) + 1, device=words.device)
+    sums = [(part.long() * weights[: len(part)]).sum() for part in words.split(_PIECE)]
+    return sum((value * (k + 1) for k, value in enumerate(sums)), weights.new_zeros(()))
 
 
 class FlatParameters:
@@ -89,9 +101,7 @@ class FlatParameters:
 
     def fingerprint(self) -> int:
         """A checksum of the buffer's bits, to tell whether parameters are those of a checkpoint."""
-        words = self.buffer.view(torch.uint8).long()
-        weights = torch.arange(len(words), device=words.device) % 65521 + 1
-        return (words * weights).sum().item()
+        return checksum(self.buffer).item()
 
     def locate(self, index: int) -> tuple[int, int]:
         """The (number of the tensor, element in it) of coordinate ``index``."""

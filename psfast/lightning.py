@@ -1,6 +1,6 @@
 """Lightning: the mixin that runs a search step, ready-made tasks, the data module.
 
-Nothing but this file and ``callbacks.py`` imports lightning.
+Nothing but this file, ``callbacks.py`` and ``train.py`` imports lightning.
 """
 
 import math
@@ -35,9 +35,12 @@ from psfast.optimizer import PatternSearch
 from psfast.random_state import seeded
 from psfast.reference import ReferencePatternSearch
 from psfast.search import derive_seed
+from psfast.search_simplex import SimplexGradient
 from psfast.trial_metrics import uncounted
 
 _LINE_SECONDS = 5.0
+# Checkpoints of modules that keep one among their hyperparameters load with torch's defaults.
+torch.serialization.add_safe_globals([SimplexGradient])
 
 
 class BatchReport(NamedTuple):
@@ -253,7 +256,7 @@ def _lines_in_long_polls(search):
     def progress(tried: int, total: int) -> None:
         nonlocal last
         now = time.perf_counter()
-        if now - last > _LINE_SECONDS:
+        if tried and now - last > _LINE_SECONDS:
             last = now
             rank_zero_info(f"psfast: {tried:,} of the poll's {total:,} trial points tried")
 
@@ -436,9 +439,12 @@ class StateTrackingDataModule(L.LightningDataModule):
     ):
         super().__init__()
         check_count("batch_size", batch_size)
-        self.train_dataset = train_dataset or StateTrackingDataset(200, 8, seed=0, split="train")
-        self.val_dataset = val_dataset or StateTrackingDataset(50, 8, seed=1, split="val")
-        self.test_dataset = test_dataset or StateTrackingDataset(50, 8, seed=2, split="test")
+        given = train_dataset, val_dataset, test_dataset
+        usual = ((200, "train"), (50, "val"), (50, "test"))
+        self.train_dataset, self.val_dataset, self.test_dataset = (
+            StateTrackingDataset(n, 8, seed=seed, split=split) if dataset is None else dataset
+            for seed, (dataset, (n, split)) in enumerate(zip(given, usual, strict=True))
+        )
         self.seed = seed
         self._options = {
             "batch_size": batch_size,

@@ -3,12 +3,14 @@
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from psfast.checks import check_count, check_number
+from psfast.data import ResumableLoader
 from psfast.evaluation import BatchObjectives, Scores, evaluate, modes_of, set_modes, unpack
 from psfast.optimizer import PatternSearch, PollReport
 from psfast.random_state import seeded
@@ -54,11 +56,12 @@ def fit(
     loader: batches, as (inputs, targets) or {"x": inputs, "y": targets}, each a tensor or a nest
         of lists, tuples and dicts that holds tensors; gone through again and again until
         ``max_steps`` or ``max_seconds``, and just once if neither is given. A sampler that has
-        ``set_epoch`` is told which pass it is, from its own ``epoch`` on, so a
-        ``psfast.data.ResumableLoader`` that has loaded its state goes on where that was saved.
+        ``set_epoch`` is told which pass it is, from its own ``epoch`` on. A
+        ``psfast.data.ResumableLoader`` goes on behind the last batch of the call before, or where
+        the state that it has loaded was saved.
         A batch equal to the one before is the same objective, so full-batch training (a
         loader of one batch) completes its polls over as many steps as they take.
-    max_seconds: also ends a step in the middle of its poll
+    max_seconds: also ends a step in the middle of its poll, behind a block of trial points
     val_loader: scored in eval mode before the first step, after each pass over ``loader``
         (with ``val_every``: after so many steps) and at the end
     callback: called as ``callback(step, report)`` after each step; training stops when it
@@ -96,22 +99,23 @@ def fit(
     optimizer.progress = inside_poll
     try:
         run.validate()
-        for batch in _batches(loader, max_steps is None and max_seconds is None):
-            if batch is _END_OF_PASS:
-                if not val_every:
+        with closing(_batches(loader, max_steps is None and max_seconds is None)) as batches:
+            for batch in batches:
+                if batch is _END_OF_PASS:
+                    if not val_every:
+                        run.validate()
+                    continue
+                report = run.step(batch)
+                if val_every and run.steps % val_every == 0:
                     run.validate()
-                continue
-            report = run.step(batch)
-            if val_every and run.steps % val_every == 0:
-                run.validate()
-            if callback is not None and callback(run.steps, report):
-                raise _Stop("callback")
-            if run.steps == max_steps:
-                raise _Stop("max_steps")
-            if deadline is not None and time.perf_counter() >= deadline:
-                raise _Stop("max_seconds")
-            if optimizer.converged:
-                raise _Stop("converged")
+                if callback is not None and callback(run.steps, report):
+                    raise _Stop("callback")
+                if run.steps == max_steps:
+                    raise _Stop("max_steps")
+                if deadline is not None and time.perf_counter() >= deadline:
+                    raise _Stop("max_seconds")
+                if optimizer.converged:
+                    raise _Stop("converged")
         stopped = "end of loader"
     except _Stop as stop:
         stopped = stop.args[0]
@@ -137,6 +141,7 @@ class _Run:
         self.steps = 0
         self.polls: list[PollReport] = []
         self.validation: list[tuple[int, Scores]] = []
+        self._validated: tuple[int, int] | None = None
         self._has_buffers = any(True for _ in model.buffers())
         # In a model that trains, a module in eval mode is one held still.
         self.modes = [(module, mode or not model.training) for module, mode in modes_of(model)]
@@ -156,10 +161,11 @@ class _Run:
 
     def validate(self) -> None:
         """Score the model as it is now, unless that has been done."""
-        done = self.validation and self.validation[-1][0] == self.steps
-        if self.val_loader is not None and not done:
+        now = self.steps, self.optimizer.evaluations  # a step that was cut is not counted
+        if self.val_loader is not None and now != self._validated:
             scores = evaluate(self.model, self.criterion, self.val_loader)
             self.validation.append((self.steps, scores))
+            self._validated = now
             self.display.validation(scores)
 
 
@@ -167,14 +173,22 @@ def _batches(loader: Iterable, one_pass: bool):
     """The batches, and ``_END_OF_PASS`` after each pass: without end, unless ``one_pass``."""
     sampler = getattr(loader, "sampler", None)
     epoch, passes, empty = getattr(sampler, "epoch", 0), 0, False
+    is_resumable = isinstance(loader, ResumableLoader)
     while True:
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch + passes)
         passes += 1
         was_empty, empty = empty, True
-        for batch in loader:
-            empty = False
-            yield batch
+        try:
+            for batch in loader:
+                empty = False
+                yield batch
+        except GeneratorExit:  # in the middle of a pass
+            if is_resumable:
+                loader.load_state_dict(loader.state_dict())
+            elif hasattr(sampler, "set_epoch"):
+                sampler.set_epoch(epoch + passes)  # another order in the next `fit`
+            raise
         if empty and was_empty:  # once is what a loader resumed at the end of its epoch gives
             raise ValueError(
                 f"loader gave no batch in pass {passes - 1}; "
@@ -185,7 +199,7 @@ def _batches(loader: Iterable, one_pass: bool):
             if one_pass:
                 break
     if hasattr(sampler, "set_epoch"):
-        sampler.set_epoch(epoch + passes)  # for the next `fit`
+        sampler.set_epoch(epoch + passes)
 
 
 class _Display:

@@ -78,7 +78,7 @@ class PatternSearch(torch.optim.Optimizer):
     one is accepted (or ``max_accepts`` are, each polled from the one before), until all have
     failed (then the radius is multiplied by ``shrink``) or until ``max_evaluations`` trial points
     are decided; the next step goes on where this one stopped, and counts on the failures so far
-    only if the objective is still the same.
+    only if the objective is still the same: its incumbent's loss, and an ``Objective``'s batch.
 
     params: parameters or param groups; a group may set its own ``radius``. Frozen parameters
         are left alone, tied ones count once. All trainable ones need one dtype and device.
@@ -96,15 +96,19 @@ class PatternSearch(torch.optim.Optimizer):
         can feign does not count as lower. None measures it, by 8 evaluations along a tiny
         line, before the first poll and after every failed one (Moré & Wild 2011).
     min_radius: below it, a radius counts as converged; when all are, ``step`` is free
-    max_evaluations: most trial points decided in one step; None: until accepted or failed
+    max_evaluations: most trial points decided in one step; None: until accepted or failed. The
+        points of a ``search`` come on top.
     max_accepts: changes accepted in one step, on its one batch and dropout mask. Where many trial
-        points are lower, as in early training, 100 cost far less so than in a step each.
+        points are lower, as in early training, 100 cost far less so than in a step each. A point
+        of a ``search`` counts as one, however many coordinates it changes.
     block_size: trial points evaluated together; None adapts. With "first" it changes the
         speed only, never a decision.
-    seed: of the poll order and the dropout masks
+    seed: of the poll order, and of the dropout masks of a closure, one a poll; an ``Objective``
+        has a mask of its own
 
     ``last_poll`` is the ``PollReport`` of the last step. ``progress``, if set, is called as
-    ``progress(tried, total)`` at most ten times a second inside a long poll.
+    ``progress(tried, total)`` at most ten times a second inside a long step; ``tried`` is 0 again
+    after each accepted change.
 
     Keeps the conditions of Torczon (1997): with a rational ``expand`` and ``shrink`` and one
     fixed smooth objective, liminf of the gradient norm is 0.
@@ -213,8 +217,8 @@ class PatternSearch(torch.optim.Optimizer):
         closure: an ``Objective`` over this optimizer's parameters, or any callable that
             returns a scalar loss. Nothing needs to call ``backward``.
 
-        Returns the incumbent's loss, a scalar tensor. An exception in ``closure`` leaves the
-        incumbent in place and is raised on.
+        Returns the incumbent's loss, a scalar tensor; once converged, the last known one. An
+        exception in ``closure`` leaves the incumbent in place and is raised on.
         """
         started = time.perf_counter()
         check_no_inference_mode()
@@ -227,8 +231,9 @@ class PatternSearch(torch.optim.Optimizer):
     def _step(self, objective: Objective, started: float) -> Tensor:
         self._evaluate_incumbent(objective)
         before, radius, accepted, speculated, failed = self._poll, self.radius, [], 0, False
+        accepts = 0  # a point of the search is one, whatever it changes
         is_stale = False  # whether the incumbent's loss is only as its trial point had it
-        while len(accepted) < self.max_accepts and not failed:
+        while accepts < self.max_accepts and not failed:
             descends = self._descends(objective)
             size = self._block_size(objective, before, descends)
             if size < 1:
@@ -240,10 +245,12 @@ class PatternSearch(torch.optim.Optimizer):
             index, sign = self._rule.block(self._poll, size)
             delta = sign * self._radius_of(index)
             if descends:
-                most = self.max_accepts - len(accepted)
+                most = self.max_accepts - accepts
                 decisions, changes, evaluated = self._descend(objective, index, delta, most)
+                accepts += len(changes)
             else:
                 decisions, changes, evaluated = self._poll_block(objective, index, delta)
+                accepts += bool(changes)
                 is_stale = bool(changes) and not objective.keeps_losses
             accepted += changes
             speculated += evaluated - sum(decision.decided for decision in decisions)
@@ -294,14 +301,15 @@ class PatternSearch(torch.optim.Optimizer):
         return tuple(group["radius"] for group in self.param_groups)
 
     def _attach(self) -> None:
-        self._known = self._listed()
-        self._params = trainable(self._known)
-        if not self._params:
+        known = self._listed()
+        params = trainable(known)
+        if not params:
             raise ValueError("params must hold at least one trainable parameter, got none")
-        self._build()
+        self._flat = FlatParameters(params)  # which may refuse them: nothing has changed then
+        self._known, self._params = known, params
+        self._begin()
 
-    def _build(self) -> None:
-        self._flat = FlatParameters(self._params)
+    def _begin(self) -> None:
         self._serial: SerialObjective | None = None
         self._rule = self._new_rule(self.seed)
 
@@ -315,13 +323,14 @@ class PatternSearch(torch.optim.Optimizer):
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
     def _evaluate_incumbent(self, objective: Objective) -> None:
-        """A loss unequal to the known one means another objective: a new batch, say."""
+        """Another loss than the known one means another objective, and so does another batch."""
         loss = objective()
         self._loss_dtype = loss.dtype
-        value, known = loss.item(), self._poll.incumbent
-        if known is None or not (value == known or (math.isnan(value) and math.isnan(known))):
+        value, known, batch = loss.item(), self._poll.incumbent, objective.batch_checksum()
+        is_known = known is not None and batch == self._poll.batch
+        if not (is_known and (value == known or (math.isnan(value) and math.isnan(known)))):
             self._restart_poll()
-        self._poll = self._poll._replace(incumbent=value)
+        self._poll = self._poll._replace(incumbent=value, batch=batch)
         if self.noise is None and self._poll.noise is None:
             self._measure_noise(objective)
 
@@ -463,8 +472,7 @@ class PatternSearch(torch.optim.Optimizer):
 
     def _tell_progress(self, started: float) -> None:
         now = time.perf_counter()
-        inside = self._poll.tried > 0
-        if self.progress and inside and now - max(started, self._told) > _PROGRESS_SECONDS:
+        if self.progress and now - max(started, self._told) > _PROGRESS_SECONDS:
             self._told = now
             self.progress(self._poll.tried, 2 * self._flat.size)
 
@@ -506,7 +514,8 @@ class PatternSearch(torch.optim.Optimizer):
         if slopes is None:
             return
         self.progress = None
-        self._build()
+        self._flat = FlatParameters(self._params)
+        self._begin()
         self._rule.load_state_dict(self._poll, slopes)
         if self._fingerprint is not None:
             self._flat.mark_changed()

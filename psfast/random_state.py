@@ -1,5 +1,6 @@
 """The global random state: drawing from a seed, and leaving the state as it was."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +22,15 @@ def kept(device: torch.device):
     finally:
         for generator, state in saved:
             generator.set_state(state)
+
+
+def draws(function: Callable, device: torch.device) -> bool:
+    """Whether the function draws random numbers; the global random state is put back."""
+    with kept(device):
+        before = [generator.get_state() for generator in generators(device)]
+        function()
+        after = [generator.get_state() for generator in generators(device)]
+    return not all(map(torch.equal, before, after))
 
 
 @contextmanager

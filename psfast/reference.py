@@ -125,7 +125,11 @@ class ReferencePatternSearch(torch.optim.Optimizer):
         delta = -self.radius if entry & 1 else self.radius
         saved = cell.clone()
         cell += delta
-        loss = float(self._evaluate(closure))
+        try:
+            loss = float(self._evaluate(closure))
+        except BaseException:
+            cell.copy_(saved)
+            raise
         if loss < self.best_loss:
             self.best_loss = loss
             self._position = (self._position + 1) % len(self._entries)
@@ -144,7 +148,10 @@ class ReferencePatternSearch(torch.optim.Optimizer):
             return closure()
 
     def state_dict(self) -> dict:
-        """The param groups; without ``stateless`` also what the search needs to go on."""
+        """The param groups; without ``stateless`` also what the search needs to go on.
+
+        With ``reshuffle`` the order of what comes next is drawn anew.
+        """
         state = super().state_dict()
         if not self.stateless:
             names = (

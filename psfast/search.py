@@ -33,6 +33,7 @@ class PollState(NamedTuple):
     evaluations: trial points decided so far
     nan: how many of the tried ones had a NaN loss
     incumbent: the incumbent's loss, or None before the first step
+    batch: checksum of the batch that it is of, 0 where that is not known
     noise: the loss's noise as measured before this poll, None if it was not
     mean_gap: running mean of the trial points between two accepted ones
     window: number of the working set that is polled (``psfast.search_simplex``)
@@ -47,6 +48,7 @@ class PollState(NamedTuple):
     polls: int = 0
     evaluations: int = 0
     incumbent: float | None = None
+    batch: int = 0
     noise: float | None = None
     mean_gap: float = 1.0
     window: int = 0

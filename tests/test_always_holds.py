@@ -336,3 +336,46 @@ def test_2_ctrl_c_inside_of_torchs_transforms_leaves_the_model_whole(backend, ti
     brute = psfast.objective(net, nn.MSELoss(), x, y, backend="serial")
     index, delta = torch.arange(4), torch.ones(4)
     torch.testing.assert_close(f.losses(index, delta), brute.losses(index, delta))
+
+
+def test_7_batches_of_one_loss_are_not_one_objective():
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+
+    def wrong(outputs, targets):  # 0 or 1 each: many batches have the same loss
+        return (outputs.argmax(1) != targets).double().mean()
+
+    batches = [torch.randn(4, 3) for _ in range(4)]
+    targets = [1 - net(x).argmax(1) for x in batches]  # all wrong
+    f = psfast.objective(net, wrong, batches[0], targets[0])
+    optimizer = PatternSearch(net.parameters(), radius=1e-9, max_evaluations=5)
+    for x, y in zip(batches * 2, targets * 2, strict=True):
+        f.set_batch(x, y)
+        optimizer.step(f)
+        assert optimizer.last_poll.loss_before == 1.0
+    assert optimizer.radius == 1e-9
+    for _ in range(3):  # 5 of its 16 trial points were tried already
+        f.set_batch(x.clone(), y.clone())
+        optimizer.step(f)
+    assert optimizer.radius == 5e-10
+
+
+def freeze_all(net, optimizer):
+    net.requires_grad_(False)
+
+
+def add_another_dtype(net, optimizer):
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, dtype=torch.float32))]})
+
+
+@pytest.mark.parametrize("change", [freeze_all, add_another_dtype])
+def test_10_what_cannot_be_searched_is_refused_every_time(change):
+    net, loss = regression()
+    optimizer = PatternSearch(net.parameters(), radius=0.3)
+    optimizer.step(loss)
+    change(net, optimizer)
+    before = values(net)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="params must"):
+            optimizer.step(loss)
+    assert equal(values(net), before)

@@ -200,3 +200,10 @@ def test_a_state_of_a_finished_epoch_leaves_nothing_out_of_the_next():
     fresh.load_state_dict(loader.state_dict())
     fresh.sampler.set_epoch(1)
     assert len(list(fresh)) == 2
+
+
+def test_seeds_beyond_what_a_generator_takes_are_named():
+    with pytest.raises(ValueError, match="seed must be < "):
+        StateTrackingDataset(4, 8, seed=2**62)
+    with pytest.raises(ValueError, match="seed must be < "):
+        ResumableLoader(StateTrackingDataset(4, 8), seed=2**62)

@@ -593,14 +593,21 @@ def test_a_batch_without_supervised_positions_is_refused(tmp_path):
 
 
 def test_a_standalone_transformer_comes_back_from_its_checkpoint(tmp_path):
-    module = small_transformer(radius=0.05, expand=2.0, max_evaluations=5)
+    search = psfast.SimplexGradient(working_set=30)
+    module = small_transformer(radius=0.05, expand=2.0, max_evaluations=5, search=search)
     fit = trainer(tmp_path, max_epochs=1)
     fit.fit(module, datamodule=small_data())
     fit.save_checkpoint(tmp_path / "t.ckpt")
-    loaded = PatternSearchTransformer.load_from_checkpoint(tmp_path / "t.ckpt", weights_only=False)
+    loaded = PatternSearchTransformer.load_from_checkpoint(tmp_path / "t.ckpt")
     tokens = torch.ones(1, 3, dtype=torch.int64)
     assert torch.equal(loaded.eval()(tokens), module.eval()(tokens))
     assert loaded.configure_optimizers().expand == 2.0
+    assert loaded.configure_optimizers().search == search
+
+
+def test_a_dataset_without_samples_is_not_replaced():
+    empty = torch.utils.data.Subset(StateTrackingDataset(3, 4), [])
+    assert StateTrackingDataModule(val_dataset=empty).val_dataset is empty
 
 
 @pytest.mark.parametrize("kill_at", [2, 3, 4])

@@ -401,3 +401,93 @@ def test_a_users_own_masked_cross_entropy_is_scored_as_classes():
     sums.add(Own(), logits, targets)
     expected.add(psfast.MaskedCrossEntropy(ignore_index=7), logits, targets)
     assert sums.result() == pytest.approx(expected.result())
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "masks"),
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), 5),
+        (Attends, 5),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.RReLU()), 5),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).eval(), 1),
+        (lambda: nn.Linear(4, 4), 1),
+    ],
+)
+def test_every_poll_has_a_mask_of_its_own_whatever_draws_it(make, masks):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(3, 2, 4)
+    optimizer = psfast.PatternSearch(model.parameters())
+    state = torch.get_rng_state()
+    objectives = BatchObjectives(model, nn.MSELoss(), optimizer)
+    losses = {objectives.on(x, x.flip(0), seed)().item() for seed in range(5)}
+    assert len(losses) == masks and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_step_that_was_cut_after_an_accept_is_validated(monkeypatch):
+    monkeypatch.setattr("psfast.optimizer._PROGRESS_SECONDS", 0.0)
+    model, batches = regression()
+    search = psfast.PatternSearch(model.parameters(), radius=1e-3, max_accepts=10**6)
+    options = {"max_seconds": 0.05, "val_loader": batches, "progress": False}
+    history = fit(model, nn.MSELoss(), batches, search, **options)
+    assert history.stopped == "max_seconds" and not history.polls and search.evaluations
+    (first, before), (last, after) = history.validation
+    assert first == last == 0 and after.loss < before.loss
+    assert after.loss == pytest.approx(nn.MSELoss()(model(batches[0][0]), batches[0][1]).item())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])  # of 3 a pass
+def test_fits_of_some_steps_each_go_on_through_the_data(steps):
+    def order(calls, steps):
+        data, (model, _) = Numbers(), regression()
+        loader = ResumableLoader(data, batch_size=2)
+        search = psfast.PatternSearch(model.parameters())
+        seen = []
+
+        def callback(step, report):
+            seen.append(tuple(data.taken[-2:]))
+
+        options = {"max_steps": steps, "callback": callback, "progress": False}
+        for _ in range(calls):
+            fit(model, nn.MSELoss(), loader, search, **options)
+        return seen
+
+    assert order(30 // steps, steps) == order(1, 30)
+
+
+class Branches(nn.Module):
+    """What only a loop can evaluate, on small batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+
+    def forward(self, x):
+        out = self.linear(x)
+        return out * float(out.sum()) if len(x) < 4 else out
+
+
+def test_a_batch_that_the_fast_backend_refuses_has_another_and_the_next_has_not():
+    torch.manual_seed(0)
+    model = Branches()
+    objectives = BatchObjectives(model, nn.MSELoss(), psfast.PatternSearch(model.parameters()))
+    served = []
+    with pytest.warns(UserWarning, match="evaluated by 'serial', not by 'batched'") as told:
+        for size in (8, 3, 8, 2, 8):
+            f = objectives.on(torch.randn(size, 3), torch.randn(size, 1), 0)
+            served.append((size, f.backend))
+            index, delta = torch.arange(4), torch.ones(4)
+            brute = psfast.objective(model, nn.MSELoss(), f.inputs, f.targets, backend="serial")
+            torch.testing.assert_close(
+                f.losses(index, delta).double(), brute.losses(index, delta), rtol=1e-5, atol=1e-6
+            )
+    assert served == [(size, "batched" if size == 8 else "serial") for size, _ in served]
+    assert len([w for w in told if "evaluated by" in str(w.message)]) == 1

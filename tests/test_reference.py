@@ -1,5 +1,7 @@
 """The serial reference: its faults as named options, each as the original has it."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -101,3 +103,17 @@ def test_orders_cover_the_whole_poll(reshuffle):
 
     optimizer.step(closure)
     assert len(seen) == 15 and len(set(seen)) == 15
+
+
+def test_an_exception_leaves_the_parameters_as_they_were():
+    p = nn.Parameter(torch.zeros(3))
+    calls = itertools.count()
+
+    def closure():
+        if next(calls) == 4:
+            raise ZeroDivisionError
+        return 1.0
+
+    with pytest.raises(ZeroDivisionError):
+        ReferencePatternSearch([p], radius=0.5).step(closure)
+    assert torch.equal(p, torch.zeros(3))

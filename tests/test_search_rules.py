@@ -569,3 +569,16 @@ def test_a_state_of_another_kind_of_search_is_refused():
         simplex.load_state_dict(plain.state_dict())
     with pytest.raises(ValueError, match="a search with search=SimplexGradient"):
         plain.load_state_dict(simplex.state_dict())
+
+
+def test_a_point_of_the_search_is_one_accept():
+    accepted = []
+    for max_accepts in (1, 3):
+        net, loss = network()
+        search = SimplexGradient(working_set=30)
+        optimizer = PatternSearch(
+            net.parameters(), radius=0.1, search=search, acceptance="best", max_accepts=max_accepts
+        )
+        optimizer.step(loss)
+        accepted.append(len(optimizer.last_poll.accepted))
+    assert accepted[0] > 3 and accepted[1] > accepted[0]

@@ -48,7 +48,8 @@ def objective(
     backend: "fused", "batched", "vmap", "graph" or "serial"; raises ValueError with the reason
         if it cannot serve. "auto" takes the first of these that can, and ``why_not`` keeps
         the reason of each one before it.
-    seed: of the dropout mask that all trial points share
+    seed: of the dropout mask that all trial points share, in every poll until ``set_batch`` is
+        given another (``fit`` and Lightning's mixin draw one a poll)
     options: of a backend named explicitly, such as ``workspace`` (bytes) for "batched"
 
     The batch is fixed; go on with another by ``set_batch(inputs, targets)``. What is done later to

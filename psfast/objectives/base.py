@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from psfast.flat import FlatParameters
+from psfast.flat import FlatParameters, checksum
 
 _FEW = 16  # numbers that Python compares sooner than an operation on a tensor
 
@@ -50,6 +51,8 @@ class Objective:
     at_once = 1
     descends = False
     keeps_losses = False
+    inputs = targets = None
+    _checksum: int | None = None
     _has_looked: bool | None = None  # None: outside of ``undisturbed``
 
     def __init__(self, params: Sequence[nn.Parameter]):
@@ -109,20 +112,32 @@ class Objective:
 
         What does not depend on the batch (traces, work space, compiled code) is kept. A batch
         that cannot be served raises and leaves the one before in place; "serial" only sees
-        that when it evaluates.
+        that when it evaluates. The mask stays until another ``seed`` comes.
         """
         raise NotImplementedError(f"{type(self).__name__} has no batch to set")
+
+    def batch_checksum(self) -> int:
+        """Tells the batch from others; 0 where it is not known, as a closure's."""
+        if self._checksum is None:
+            leaves = tree_leaves((self.inputs, self.targets))
+            sums = [checksum(t) for t in leaves if type(t) is Tensor and t.layout is torch.strided]
+            at = sums[0].device if sums else None
+            sums = [value.to(at) * (k + 1) for k, value in enumerate(sums)]
+            self._checksum = 1 + abs(torch.stack(sums).sum().item()) if sums else 0
+        return self._checksum
 
     @contextmanager
     def _on_batch(self, inputs, targets, seed: int | None) -> Iterator[None]:
         """For ``set_batch``: on this batch from now on, unless what is done inside raises."""
         before = self.inputs, self.targets, self.seed
         self.inputs, self.targets = inputs, targets
+        self._checksum = None
         self.seed = self.seed if seed is None else seed
         try:
             yield
         except BaseException:
             self.inputs, self.targets, self.seed = before
+            self._checksum = None
             raise
 
     @contextmanager
@@ -167,7 +182,7 @@ class CompositeLoss(nn.Module):
         return self.criterion(self.model(inputs), targets)
 
 
-def check_block(index: Tensor, delta: Tensor, size: int) -> None:
+def check_block(index: Tensor, delta: Tensor) -> None:
     """Raise for a block that no backend can evaluate. Reads shapes and dtypes only."""
     for name, value in (("index", index), ("delta", delta)):
         if not isinstance(value, torch.Tensor):
@@ -186,7 +201,7 @@ def check_block(index: Tensor, delta: Tensor, size: int) -> None:
 
 def check_point(index: Tensor, delta: Tensor, size: int) -> None:
     """Raise for changes that make no point. Reads the indices."""
-    check_block(index, delta, size)
+    check_block(index, delta)
     if len(index):
         found = index.tolist() if len(index) <= _FEW else [i.item() for i in index.aminmax()]
         low, high = min(found), max(found)

@@ -63,12 +63,12 @@ class FusedObjective(FusedModelObjective):
         return self._loss.clone()
 
     def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
-        check_block(index, delta, self.flat.size)
+        check_block(index, delta)
         self._follow()
         return ops.fused_losses(self._weights, self._plan, *self._for_ops(index, delta))
 
     def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
-        check_block(index, delta, self.flat.size)
+        check_block(index, delta)
         self._follow()
         index, delta = self._for_ops(index, delta)
         if self._scratch is None:
@@ -77,7 +77,7 @@ class FusedObjective(FusedModelObjective):
         return ops.fused_loss(weights, self._plan._replace(workspace=self._scratch))
 
     def accept(self, index: Tensor, delta: Tensor) -> None:
-        check_block(index, delta, self.flat.size)
+        check_block(index, delta)
         self._follow()
         inner, moved = self._for_ops(index, delta)
         self._written.append(inner)
@@ -86,7 +86,7 @@ class FusedObjective(FusedModelObjective):
             self._weights[inner] += moved
 
     def descend(self, index, delta, *, incumbent, margin, most, gap) -> Descent:
-        check_block(index, delta, self.flat.size)
+        check_block(index, delta)
         self._follow()
         inner, moved = self._for_ops(index, delta)
         found = ops.fused_descend(

@@ -84,7 +84,7 @@ class FusedCudaObjective(FusedModelObjective):
         return self._loss[0].clone()
 
     def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
-        check_block(index, delta, self.flat.size)
+        check_block(index, delta)
         self._follow()
         device = self.flat.buffer.device
         index = index.to(device, non_blocking=True).contiguous()
@@ -94,7 +94,7 @@ class FusedCudaObjective(FusedModelObjective):
         return self._plan.losses(self._cache, self._values, self._rows, index, delta)
 
     def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
-        check_block(index, delta, self.flat.size)
+        check_block(index, delta)
         self._follow()
         return self._loss_at(index, delta)
 
@@ -107,7 +107,7 @@ class FusedCudaObjective(FusedModelObjective):
         return self._plan.refresh(self._trial_cache, values, self._rows)[0]
 
     def accept(self, index: Tensor, delta: Tensor) -> None:
-        check_block(index, delta, self.flat.size)
+        check_block(index, delta)
         self._follow()
         device = self.flat.buffer.device
         self.flat.add(index.to(device, non_blocking=True), delta.to(device, non_blocking=True))
@@ -115,7 +115,7 @@ class FusedCudaObjective(FusedModelObjective):
 
     def descend(self, index, delta, *, incumbent, margin, most, gap) -> Descent:
         """As every objective's; a host sync serves several accepted trial points."""
-        check_block(index, delta, self.flat.size)
+        check_block(index, delta)
         self._follow()
         parts = self._plan, self._cache, self._values, self._rows
         if self._descent is None or not all(map(operator.is_, self._descent.parts, parts)):

@@ -118,7 +118,7 @@ class GraphObjective(SerialObjective):
         return self.losses(zero, zero.to(self.flat.buffer.dtype))[0]
 
     def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
-        check_block(index, delta, self.flat.size)
+        check_block(index, delta)
         self._follow()
         found = []
         for block in zip(index.split(_CAPACITY), delta.split(_CAPACITY), strict=True):
@@ -130,7 +130,7 @@ class GraphObjective(SerialObjective):
 
     def descend(self, index, delta, *, incumbent, margin, most, gap) -> Descent:
         """As every objective's; a host sync serves 32 trial points, whatever is accepted."""
-        check_block(index, delta, self.flat.size)
+        check_block(index, delta)
         self._follow()
         index, delta = index[:_CAPACITY], delta[:_CAPACITY]
         cursor = self._cursor

@@ -60,7 +60,7 @@ class SerialObjective(Objective):
             return torch.tensor(self._evaluate(), dtype=torch.float64)
 
     def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
-        check_block(index, delta, self.flat.size)
+        check_block(index, delta)
         self._take_up()
         cells, values = self._cells.array, []
         with self._evaluation():
@@ -247,9 +247,8 @@ class SerialModelObjective(SerialObjective):
         return self._composite.modules()
 
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
-        self.inputs, self.targets = inputs, targets
-        if seed is not None:
-            self.seed = seed
+        with self._on_batch(inputs, targets, seed):
+            pass  # the next evaluation reads it
 
 
 class _Cells:

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from psfast.objectives.batched import arithmetic
+from psfast.objectives.batched.interrupts import Uninterrupted
 from psfast.objectives.batched.trace import Node
 from psfast.objectives.batched.values import Batch
-from psfast.objectives.interrupts import Uninterrupted
 
 aten = torch.ops.aten
 RULES: dict = {}

@@ -97,7 +97,7 @@ class BatchedObjective(Objective):
 
     @_evaluating
     def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
-        check_block(index, delta, self.flat.size)
+        check_block(index, delta)
         self._follow()
         index = index.to(self.device)
         if len(index) <= _FEW:

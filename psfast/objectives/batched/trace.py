@@ -16,8 +16,8 @@ from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from psfast.objectives.batched.interrupts import Uninterrupted
 from psfast.objectives.batched.modes import NoReadValues, run_under, shares_memory, spans
-from psfast.objectives.interrupts import Uninterrupted
 from psfast.random_state import seeded
 
 aten = torch.ops.aten
@@ -350,6 +350,8 @@ def _separate_dropout_masks(graph: torch.fx.Graph) -> None:
             out = graph.call_function(aten.mul.Tensor, (x, mask))
         for result in read:
             result.replace_all_uses_with(out)
+        for drawn_before in (*dropout.users, dropout):  # or it would draw beside the other one
+            graph.erase_node(drawn_before)
 
 
 def _refuse_read_statistics(graph: torch.fx.Graph) -> None:

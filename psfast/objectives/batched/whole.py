@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from psfast.flat import trainable
 from psfast.objectives.base import CompositeLoss, Objective, check_block, check_point
 from psfast.objectives.batched.incumbent import has_bits
+from psfast.objectives.batched.interrupts import Uninterrupted
 from psfast.objectives.batched.modes import NoHiddenReads, no_fallback_notes, run_under
 from psfast.objectives.batched.trace import (
     check_kernels,
@@ -20,7 +21,6 @@ from psfast.objectives.batched.trace import (
     signature,
 )
 from psfast.objectives.batched.workspace import checked_workspace
-from psfast.objectives.interrupts import Uninterrupted
 from psfast.objectives.watch import Watch
 from psfast.random_state import seeded
 
@@ -79,7 +79,7 @@ class VmapObjective(Objective):
 
     @torch.no_grad()
     def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
-        check_block(index, delta, self.flat.size)
+        check_block(index, delta)
         incumbent, buffer = self(), self.flat.buffer
         found = [self.flat.locate(i) for i in index.tolist()]
         groups: dict[int, list[int]] = {}
