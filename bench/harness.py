@@ -2,7 +2,6 @@
 
 import csv
 import datetime
-import math
 import platform
 import subprocess
 import time
@@ -13,6 +12,8 @@ from torch import Tensor
 
 import psfast
 from psfast.objectives.base import Objective
+from psfast.objectives.batched.objective import _FEW
+from psfast.objectives.graph import _ROUND
 from psfast.optimizer import _LARGEST_BLOCK
 from psfast.search import coordinates, poll_order
 
@@ -141,8 +142,13 @@ def forced(position: int, probability: float) -> bool:
     return _UNIFORM[position % _PERIOD] < probability
 
 
-# Blocks of up to so many trial points stop at the first one that improves.
-_STOPPING = {"serial": math.inf, "batched": 16}
+def evaluated(backend: str, decided: int, count: int) -> int:
+    """How many of a block's trial points a backend evaluates that may stop behind ``decided``."""
+    if backend == "serial" or (backend == "batched" and count <= _FEW):
+        return decided
+    if backend == "graph":
+        return min(count, -(-decided // _ROUND) * _ROUND)
+    return count
 
 
 class ForcedOutcomes(Objective):
@@ -169,8 +175,8 @@ class ForcedOutcomes(Objective):
         start, count = self.position % _PERIOD, len(index)
         outcomes = self._improves[start : start + count]
         decided = outcomes.index(True) + 1 if True in outcomes else count
-        if stop_below is not None and count <= _STOPPING.get(self.inner.backend, 0):
-            count = decided
+        if stop_below is not None:
+            count = evaluated(self.inner.backend, decided, count)
         self.inner.losses(index[:count], delta[:count])
         self.position += decided
         return self.level + self._changes[start : start + count]

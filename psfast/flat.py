@@ -2,7 +2,7 @@
 
 import operator
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -19,6 +19,11 @@ def trainable(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
 def same_parameters(a: list[nn.Parameter], b: list[nn.Parameter]) -> bool:
     """Whether both hold the same parameters (the objects) in the same order."""
     return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def starts_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Where each begins among all their elements."""
+    return list(accumulate((t.numel() for t in tensors[:-1]), initial=0))[: len(tensors)]
 
 
 def checksum(tensor: Tensor) -> Tensor:

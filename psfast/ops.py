@@ -1,4 +1,4 @@
-"""One typed function an op: checks its arguments, picks the implementation once.
+"""One typed function an op of the C++ extension, which checks their arguments.
 
 The fused ops evaluate trial points of a decoder-only transformer under masked cross-entropy.
 Their C++ side is ``csrc/ops.cpp``; the twins in ``psfast/reference_fused.py`` say in plain

@@ -1,13 +1,11 @@
 """A decoder-only transformer's loss on the CPU, from trial point to loss in one C++ call."""
 
-from itertools import accumulate
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from psfast import ops
-from psfast.flat import trainable
+from psfast.flat import same_parameters, starts_of, trainable
 from psfast.objectives.base import Descent, check_block
 from psfast.objectives.fused_model import FusedModelObjective, sizes_of, why_not_fused_model
 from psfast.objectives.watch import Watch
@@ -42,14 +40,14 @@ class FusedObjective(FusedModelObjective):
         if reason:
             raise ValueError(reason)
         self._all = list(model.parameters())
-        known = {p: start for p, start in zip(self._all, _starts(self._all), strict=False)}
+        known = dict(zip(self._all, starts_of(self._all), strict=True))
         super().__init__(params)
         self.model, self.criterion, self.seed = model, criterion, seed
         self.inputs, self.targets = inputs, targets
         self._watch = Watch(model, self.params)
         # The ops count through all parameters; None where `index` does so too.
         self._shift = None
-        if len(self._all) != len(self.params) or any(map(_differ, self._all, self.params)):
+        if not same_parameters(self._all, self.params):
             starts = torch.tensor([known[p] for p in self.params])
             self._bounds = torch.tensor(self.flat.offsets[1:])
             self._shift = starts - torch.tensor(self.flat.offsets[:-1])
@@ -161,14 +159,6 @@ class FusedObjective(FusedModelObjective):
         else:
             self._weights = torch.cat([p.detach().reshape(-1) for p in self._all])
         self._loss = ops.fused_refresh(self._weights, self._plan)
-
-
-def _differ(a: Tensor, b: Tensor) -> bool:
-    return a is not b
-
-
-def _starts(params: list[Tensor]) -> list[int]:
-    return [0, *accumulate(p.numel() for p in params)]
 
 
 def _dropout_masks(model, shape: torch.Size, seed: int) -> Tensor | None:

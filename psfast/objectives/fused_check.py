@@ -5,11 +5,11 @@ would then go on, by losses that are none.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
+from psfast.flat import starts_of
 from psfast.ops import FusedPlan
 from psfast.reference_fused import fused_loss
 
@@ -47,7 +47,7 @@ def wrong_tensors(
     ends = {model.blocks[0].ln2.bias, model.blocks[-1].ln2.bias}
     beyond = [(p, element, _BEYOND) for p, element in places if p in ends]
     changes += beyond
-    offset = dict(zip(params, _offsets(params), strict=True))
+    offset = dict(zip(params, starts_of(params), strict=True))
     index = torch.tensor([offset[p] + element for p, element, _ in changes], device=device)
     delta = torch.tensor([change for *_, change in changes], device=device)
     found = list(losses(index, delta))
@@ -65,10 +65,6 @@ def wrong_tensors(
         names[p] for (p, *_), is_wrong in zip(changes, wrong.tolist(), strict=True) if is_wrong
     ]
     return list(dict.fromkeys(found))
-
-
-def _offsets(params: Sequence[nn.Parameter]) -> list[int]:
-    return [0, *accumulate(p.numel() for p in params)][:-1]
 
 
 def _loss_at(
