@@ -80,7 +80,16 @@ double head_change(const Context<R>& c, const Trial<R>& t) {
     const double target = logits[c.targets[row]];
     const double top = c.row_shift()[row] + target;
     const double p = std::exp(logits[t.at.row] - top) / c.row_sum()[row];
-    change += d > 30 ? d + std::log(p + (1 - p) * std::exp(-d)) : std::log1p(p * std::expm1(d));
+    if (d > 30) {
+      change += d + std::log(p + (1 - p) * std::exp(-d));
+    } else if (d < -1 && p > 0.5) {  // what is left is the others' sum, which 1 - p has lost
+      double others = 0;
+      for (int64_t n = 0; n < s.V; ++n)
+        if (n != t.at.row) others += std::exp(logits[n] - top);
+      change += std::log(others / c.row_sum()[row] + p * std::exp(d));
+    } else {
+      change += std::log1p(p * std::expm1(d));
+    }
     if (t.at.row == c.targets[row]) change -= d;
   }
   return change;

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import psfast
 from psfast import extension, ops, reference_fused
 from psfast.data import StateTrackingDataset
 from psfast.models import DecoderOnlyTransformer, MaskedCrossEntropy
@@ -434,3 +435,21 @@ def test_raw_ops_name_what_is_wrong():
     refuses("mask must have shape", mask=torch.ones(1, 1, 1, 1).double())
     refuses("d_model must be divisible", sizes=plan.sizes._replace(n_heads=5))
     refuses("sizes", sizes=plan.sizes._replace(n_layers=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [5.0, 20.0, 40.0, 60.0])
+def test_a_logit_that_dominates_and_is_taken_away(dtype, gap):
+    torch.manual_seed(0)
+    model = psfast.DecoderOnlyTransformer(11, 8, 1, 2, 16, max_len=6, dropout=0.0).to(dtype)
+    with torch.no_grad():
+        model.head.bias[3] += gap
+    inputs, targets = torch.randint(0, 11, (2, 6)), torch.full((2, 6), 3)
+    targets[0] = torch.randint(0, 11, (6,))
+    arguments = model, psfast.MaskedCrossEntropy(), inputs, targets
+    fused, serial = (psfast.objective(*arguments, backend=b) for b in ("fused", "serial"))
+    delta = torch.tensor([-60.0, -39.0, -20.0, -5.0, -0.5, 0.5, 5.0, 39.0], dtype=dtype)
+    index = torch.full((8,), fused.flat.size - 11 + 3)
+    torch.testing.assert_close(
+        fused.losses(index, delta), serial.losses(index, delta), rtol=1e-5, atol=1e-5
+    )

@@ -69,7 +69,39 @@ def bag():
     return nn.Sequential(nn.EmbeddingBag(7, 4, mode="sum"), nn.Linear(4, 3))
 
 
+class ReadTwice(nn.Module):
+    """A view that is worked on in place by a rule, beside another reader of the same values."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last, self.mean = nn.Conv2d(1, 3, 3), nn.Linear(48, 4), nn.Linear(3, 4)
+        with torch.no_grad():
+            self.conv.bias += 8  # so that relu changes nothing where it is checked
+
+    def forward(self, x):
+        h = self.conv(x)
+        return self.last(h.flatten(1).relu()) + self.mean(h.mean((2, 3)))
+
+
+class OneBias(nn.Module):
+    """A bias of one number for all outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(1))
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias)
+
+
 MODELS = {
+    "read twice": (ReadTwice, (2, 1, 6, 6), (2, 4)),
+    "view_copy": (
+        lambda: Between(lambda h: torch.view_copy(h.sin(), [24]).relu().view(4, 6) + h),
+        (4, 5),
+        (4, 3),
+    ),
+    "a bias for all": (OneBias, (4, 5), (4, 6)),
     "alpha": (lambda: Added(None, out=6), (4, 5), (4, 6)),
     "copy_": (lambda: Copied(None, out=6), (4, 5), (4, 6)),
     "squeeze of many": (lambda: Between(lambda h: h.squeeze(0)), (8, 5), (8, 3)),
@@ -82,7 +114,7 @@ MODELS = {
     "exp2": (lambda: Between(torch.exp2), (3, 5), (3, 3)),
     "sinh": (lambda: Between(torch.sinh), (3, 5), (3, 3)),
     "cosh": (lambda: Between(torch.cosh), (3, 5), (3, 3)),
-    "atanh": (lambda: Between(torch.atanh), (3, 5), (3, 3)),
+    "atanh": (lambda: Between(lambda h: torch.atanh(h / 2)), (3, 5), (3, 3)),
     "atan2": (lambda: Between(lambda h: torch.atan2(h, h.flip(-1))), (3, 5), (3, 3)),
     "hypot": (lambda: Between(lambda h: torch.hypot(h, h[:, :1])), (3, 5), (3, 3)),
     "logaddexp": (lambda: Between(lambda h: torch.logaddexp(h, h.flip(-1))), (3, 5), (3, 3)),
@@ -98,6 +130,7 @@ def built(name, dtype):
 
 def check(f, brute):
     index, delta = some_points(f, 5)
+    index, delta = index.repeat(2), torch.cat([delta, 30 * delta])
     torch.testing.assert_close(f().double(), brute().double(), rtol=1e-9, atol=0)
     for size in (1, 5, len(index)):
         parts = zip(index.split(size), delta.split(size), strict=True)
@@ -117,7 +150,7 @@ def test_a_loss_does_not_depend_on_its_block(name, dtype):
     f = BatchedObjective(*built(name, dtype))
     index, delta = some_points(f, 20)
     together = f.losses(index, delta)
-    for size in (1, 7, 40):
+    for size in (1, 5, 7, 9, 11, 40):
         parts = zip(index.split(size), delta.split(size), strict=True)
         assert torch.equal(torch.cat([f.losses(i, d) for i, d in parts]), together)
 
@@ -288,6 +321,81 @@ def test_weights_of_classes_beside_ignored_targets(ignored):
 
     arguments = model, criterion, torch.randn(4, 5, dtype=torch.float64), targets
     check(BatchedObjective(*arguments), SerialModelObjective(*arguments))
+
+
+def per_kept_target(outputs, targets):
+    return F.cross_entropy(outputs, targets, reduction="sum") / targets[targets != -100].numel()
+
+
+def per_place(outputs, targets):
+    return F.cross_entropy(outputs, targets, reduction="sum") / len((targets >= 0).nonzero())
+
+
+def of_parts(outputs, targets):
+    first, second = torch.tensor_split(outputs, targets[:1].clamp(min=0) + 1)
+    return first.sum() + second.square().sum()
+
+
+@pytest.mark.parametrize("criterion", [per_kept_target, per_place, of_parts])
+def test_lengths_that_the_batch_decides(criterion):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    targets = torch.tensor([[0, 1, 2, -100], [2, 1, -100, -100], [1, 0, 1, 2]])
+    inputs = torch.randn(3, 4, 5, dtype=torch.float64)
+    f = psfast.objective(model, criterion, inputs[0], targets[0])
+    brute = SerialModelObjective(model, criterion, inputs[0], targets[0])
+    for k in (1, 2, 0, 1):
+        for objective in (f, brute):
+            objective.set_batch(inputs[k], targets[k])
+        check(f, brute)
+
+
+def test_a_count_of_parameters_is_refused():
+    class Counts(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 0.1 * len(self.weight[self.weight.abs() > 0.2])
+
+    f = psfast.objective(Counts(5, 3), mse, torch.randn(4, 5), torch.randn(4, 3))
+    assert "result depends on the parameters" in f.why_not["batched"]
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (1, 4, 3)])
+def test_a_weight_of_the_logits_shape_beside_ignored_targets(shape):
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.shift = nn.Linear(5, 3), nn.Parameter(torch.randn(shape))
+
+        def forward(self, x):
+            return (self.linear(x) + self.shift).view(-1, 3)
+
+    torch.manual_seed(0)
+    targets = torch.tensor([0, -100, 2, 1])
+    arguments = Shifted().double(), nn.CrossEntropyLoss(), torch.randn(4, 5).double(), targets
+    check(BatchedObjective(*arguments), SerialModelObjective(*arguments))
+
+
+def move_by_vector(model):
+    vector = nn.utils.parameters_to_vector(model.parameters())
+    nn.utils.vector_to_parameters(1.1 * vector, model.parameters())
+
+
+@pytest.mark.parametrize("move", [move_by_vector, nn.Module.double])
+@torch.no_grad()
+def test_parameters_that_have_moved_before_another_batch(move):
+    torch.manual_seed(0)
+    model = Between(torch.tanh)
+    f = BatchedObjective(model, mse, torch.randn(4, 5), torch.randn(4, 3))
+    f.losses(*some_points(f, 2))
+    move(model)
+    dtype = model.first.weight.dtype
+    batch = torch.randn(7, 5, dtype=dtype), torch.randn(7, 3, dtype=dtype)
+    f.set_batch(*batch)
+    brute = SerialModelObjective(model, mse, *batch)
+    index, delta = some_points(f, 4)
+    torch.testing.assert_close(
+        f.losses(index, delta).double(), brute.losses(index, delta), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_inputs_that_are_the_targets_and_then_are_not():

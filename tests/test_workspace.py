@@ -1,7 +1,9 @@
 """The memory of `batched`: bounded by the workspace, freed as soon as a block is done with it."""
 
 import gc
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -29,6 +31,56 @@ def test_out_of_memory_halves_the_chunk_and_says_so_once(monkeypatch):
         losses = f.losses(index, delta)
     assert len(caught) == 1
     assert torch.equal(losses, expected)
+
+
+@pytest.mark.parametrize("most", [16, 4, 2])
+@pytest.mark.parametrize("size", [200, 30, 16, 5])
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_out_of_memory_is_survived_in_blocks_of_any_size(monkeypatch, most, size):
+    f = BatchedObjective(*build("mlp"))
+    index, delta = some_points(f, 20)
+    expected = f.losses(index, delta)
+    f._evaluator.forget()
+    f._forget_sizes()
+    compute = f._evaluator._run
+
+    def limited(plan, env, K, check=False):
+        losses = compute(plan, env, K, check)
+        if most < K:
+            raise torch.OutOfMemoryError("not that many")
+        return losses
+
+    monkeypatch.setattr(f._evaluator, "_run", limited)
+    for _ in range(3):
+        parts = zip(index.split(size), delta.split(size), strict=True)
+        assert torch.equal(torch.cat([f.losses(i, d) for i, d in parts]), expected)
+
+
+def test_objectives_in_several_threads():
+    def make(seed):
+        torch.manual_seed(seed)
+        return BatchedObjective(*build("mlp", seed=seed))
+
+    objectives = [make(seed) for seed in range(3)]
+    blocks = [some_points(f, 6, seed=k) for k, f in enumerate(objectives)]
+    expected = [f.losses(*block) for f, block in zip(objectives, blocks, strict=True)]
+    for f in objectives:
+        f._evaluator.forget()
+
+    def work(k):
+        with torch.no_grad():
+            for size in (1, 2, 3, 5, 40) * 4:
+                parts = zip(*(part.split(size) for part in blocks[k]), strict=True)
+                found = torch.cat([objectives[k].losses(i, d) for i, d in parts])
+                assert torch.equal(found, expected[k])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(work, range(3)))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_the_workspace_bounds_the_chunk():

@@ -28,7 +28,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, points: int = 
     point decides, and all of its blocks go the same way.
     """
     is_eligible = x.dtype == torch.float32 and x.device.type == "cpu" and weight.dim() == 2
-    if is_eligible and weight.shape[1] >= _LEAST_WIDTH and (bias is None or bias.dim() == 1):
+    if (
+        is_eligible
+        and weight.shape[1] >= _LEAST_WIDTH
+        and (bias is None or bias.shape == weight.shape[1:])
+    ):
         work = len(x) * weight.numel()
         if _products_agree(*weight.shape):
             is_worth_it = work > _LEAST_BLOCK

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _pop_mode
 from psfast.flat import reach
 
 _VALUES = {"numpy", "tolist", "__array__", "__dlpack__"}  # torch does not see what becomes of them
+_READS_ITS_ARGUMENT = {"tensor_split"}  # a tensor of places, in C++
 _SCALARS = {"item", "__bool__", "__complex__", "__float__", "__index__", "__int__"}
 
 
@@ -56,6 +57,8 @@ class NoReadValues(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
         hidden = name in _SCALARS and shares_memory(args[0], self._spans)
+        if name in _READS_ITS_ARGUMENT:
+            hidden = any(isinstance(a, Tensor) for a in (*args[1:], *(kwargs or {}).values()))
         if name in _VALUES or hidden:
             raise ValueError(f"it reads values by {name}(), outside of what torch can follow")
         return function(*args, **(kwargs or {}))

@@ -174,6 +174,7 @@ class BatchedObjective(Objective):
     def _refresh(self) -> None:
         """Take up the state and the batch as they are now."""
         self._is_fresh = False
+        self.flat.changed()  # what is checked is written to its buffer: they must lie there
         if self._signature() != self._traced_for:
             self._build()
         else:
@@ -328,18 +329,27 @@ class BatchedObjective(Objective):
         return self._incumbent.like_loss(losses)
 
     def _few(self, number: int, places: list[int], at: list[int], steps: Tensor) -> list[float]:
-        """The losses of the trial points at these places, all of one tensor, and some more."""
-        plan, found = self._evaluator.plans[number], None
-        if plan.nodes:
-            key = (number, len(places))
-            if key not in self._few_sizes:
-                self._few_sizes[key] = self._chunk_size(plan, len(places))
-            padded = places + places[-1:] * (self._few_sizes[key] - len(places))
-            where = torch.tensor([at[k] for k in padded], device=self.device)
-            first, is_alone = padded[0], len(padded) == 1
-            step = steps[first : first + 1] if is_alone else steps[padded]
-            found = self._evaluator.few(plan, where, step)
-        return [self._incumbent.loss.item()] * len(places) if found is None else found.tolist()
+        """The losses of the trial points at these places, all of one tensor."""
+        plan, losses = self._evaluator.plans[number], []
+        while plan.nodes and len(losses) < len(places):
+            rest = places[len(losses) :]
+            try:
+                key = (number, len(rest))
+                if key not in self._few_sizes:
+                    self._few_sizes[key] = self._chunk_size(plan, len(rest))
+                size = self._few_sizes[key]
+                part = rest[:size]  # a chunk has a size that was found to have the right bits
+                padded = part + part[-1:] * (size - len(part))
+                where = torch.tensor([at[k] for k in padded], device=self.device)
+                first, is_alone = padded[0], len(padded) == 1
+                step = steps[first : first + 1] if is_alone else steps[padded]
+                found = self._evaluator.few(plan, where, step)
+            except RuntimeError as error:
+                self._halve(plan, error)
+                continue
+            same = [self._incumbent.loss.item()] * len(part) if found is None else None
+            losses += same or found.tolist()[: len(part)]
+        return losses or [self._incumbent.loss.item()] * len(places)
 
     def _group(self, plan: Plan, at: Tensor, delta: Tensor, which: Tensor, losses: Tensor) -> None:
         """Write the losses of the trial points of one tensor to their places ``which``."""
@@ -367,13 +377,13 @@ class BatchedObjective(Objective):
 
     def _padded(self, plan: Plan, at: Tensor, delta: Tensor, which: Tensor, losses: Tensor) -> bool:
         """The same for a group that one chunk holds; whether there was memory for it."""
-        size = self._chunk_size(plan, len(at))
-        if size < len(at):
-            return False
-        filled = torch.arange(size, device=self.device).clamp_(max=len(at) - 1)
         try:
+            size = self._chunk_size(plan, len(at))
+            if size < len(at):
+                return False
+            filled = torch.arange(size, device=self.device).clamp_(max=len(at) - 1)
             found = self._evaluator.few(plan, at[filled], delta[filled])
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             self._halve(plan, error)
             return False
         if found is not None:
@@ -387,7 +397,7 @@ class BatchedObjective(Objective):
                 size = self._chunk_size(plan, count - start)
                 chunk = env if size == count else self._chunk(env, start, size, count)
                 parts.append(self._evaluator.losses(plan, chunk, size)[: count - start])
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:
                 self._halve(plan, error)
                 continue
             start += size
@@ -402,7 +412,7 @@ class BatchedObjective(Objective):
         return {i: value.select(places, memo) for i, value in env.items()}
 
     def _chunk_size(self, plan: Plan, count: int) -> int:
-        """The chunk for the next ``count`` trial points, a power of two.
+        """The chunk for the next of ``count`` trial points, a power of two; perhaps not for all.
 
         At most a quarter of it is padding, unless a smaller chunk would have other bits.
         """
@@ -452,6 +462,7 @@ class BatchedObjective(Objective):
         if not is_memory or most <= self._incumbent.copies:
             raise error
         self._chunks[plan.number] = most // 2
+        self._few_sizes.clear()
         self._warn_once("memory", f"out of memory: going on with chunks of {most // 2}")
 
     def _warn_once(self, what: str, message: str) -> None:

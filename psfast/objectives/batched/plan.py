@@ -89,8 +89,9 @@ class Plan:
 
         That is one that nobody reads later, in memory that no value read later shares.
         """
-        origin: dict[int, int] = {}  # the node that allocated the memory of each value
-        until: dict[int, list[int]] = {}
+        # the node that allocated the memory of each value; sparse ones are made dense once
+        origin: dict[int, int] = {i: i for i in self.needed}
+        until: dict[int, list[int]] = {i: [i] for i in self.needed}
         for node in self.heavy:
             n = node.number
             is_view = node.is_view and node.inputs[0] in origin

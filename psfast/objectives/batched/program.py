@@ -6,6 +6,7 @@ than the arithmetic. A ``Program`` keeps the tensor operations alone, so its bit
 the function that it was recorded from.
 """
 
+import threading
 from collections.abc import Callable
 from functools import partial
 
@@ -36,14 +37,23 @@ class Program:
         self.needs: frozenset[int] = frozenset()
 
 
+class _Recording(threading.local):
+    """by: this thread's recorder"""
+
+    by: "_Recorder | None" = None
+
+
+_recording = _Recording()
+
+
 class Unrecordable(Exception):
     """The function reads a tensor that it was not given, or a value on the host."""
 
 
 def kept(memo: dict, name: str, compute: Callable):
     """``memo[name]``, computed at its first use; a program computes it when it is gone."""
-    if _Recorder.active is not None:
-        return _Recorder.active.keep(memo, name, compute)
+    if _recording.by is not None:
+        return _recording.by.keep(memo, name, compute)
     if name not in memo:
         memo[name] = compute()
     return memo[name]
@@ -54,8 +64,8 @@ def is_over(test: Tensor) -> bool:
 
     As a program is straight, it is recorded as if some were, and returns None where none is.
     """
-    if _Recorder.active is not None:
-        _Recorder.active.return_unless(test)
+    if _recording.by is not None:
+        _recording.by.return_unless(test)
         return False
     return True not in test.tolist()
 
@@ -86,8 +96,6 @@ class _Recorder(TorchDispatchMode):
     viewed: id of a view -> what it is a view of
     """
 
-    active: "_Recorder | None" = None
-
     def __init__(self, names: dict[int, str], constants: set[int], scope: dict):
         super().__init__()
         self.outer_names = names
@@ -101,14 +109,14 @@ class _Recorder(TorchDispatchMode):
         self.all_reads: set[int] = set()
 
     def run(self, function: Callable, inputs: list[Tensor], store) -> Program:
-        outer = _Recorder.active
+        outer = _recording.by
         arguments = [f"x{i}" for i in range(len(inputs))]
         self.names.update({id(x): name for x, name in zip(inputs, arguments, strict=True)})
         try:
-            _Recorder.active = self
+            _recording.by = self
             out = run_under(self, function, *inputs)
         finally:
-            _Recorder.active = outer
+            _recording.by = outer
         self.reads = []
         if store:
             ends = [
@@ -122,7 +130,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = op(*args, **kwargs)
-        if _Recorder.active is not self:
+        if _recording.by is not self:
             return out
         if op is aten._local_scalar_dense.default:
             raise Unrecordable(f"{op} reads a value on the host")
@@ -201,7 +209,7 @@ class _Recorder(TorchDispatchMode):
                 if variable[0] == "n":
                     self.all_reads.add(int(variable[1:].partition(".")[0]))
                 return name
-            if id(value) in self.constants or value.ndim == 0:
+            if id(value) in self.constants:
                 return self._constant(value)
             raise Unrecordable(f"a tensor of shape {tuple(value.shape)} comes from elsewhere")
         if isinstance(value, (list, tuple)):
@@ -266,9 +274,9 @@ def _kind(value) -> tuple:
 
 
 def _comes_down_to(function: Callable, op, args: tuple, kwargs: dict) -> bool:
-    outer, spy = _Recorder.active, _Spy()
+    outer, spy = _recording.by, _Spy()
     try:
-        _Recorder.active = None
+        _recording.by = None
         run_under(spy, partial(function, *args, **kwargs))
     except _Seen:
         got, spec = pytree.tree_flatten(spy.seen)
@@ -280,5 +288,5 @@ def _comes_down_to(function: Callable, op, args: tuple, kwargs: dict) -> bool:
     except (TypeError, RuntimeError):  # takes other arguments
         return False
     finally:
-        _Recorder.active = outer
+        _recording.by = outer
     return False

@@ -86,6 +86,8 @@ class _Region:
             return False
         if op in (aten.mm.default, aten.addmm.default):
             *bias, x, weight = node.args
+            if any(len(nodes[b].shape or ()) > 1 for b in bias):
+                return False
             return all(nodes[a].weight for a in (*bias, weight)) and x not in self.graph.state
         if op in _RESHAPES:
             return nodes[node.args[0]].shape is not None and (
@@ -95,7 +97,7 @@ class _Region:
             return node.args[1] % len(node.shape) == len(node.shape) - 1
         return torch.Tag.pointwise in getattr(op, "tags", ()) and all(
             nodes[i].shape is not None
-            and (nodes[i].shape == node.shape or (nodes[i].weight and len(nodes[i].shape) < 2))
+            and (len(nodes[i].shape) < 2 if nodes[i].weight else nodes[i].shape == node.shape)
             for i in node.inputs
         )
 

@@ -44,7 +44,7 @@ def is_base(*values) -> bool:
     return not any(isinstance(v, (OneHot, Column, Batch)) for v in values)
 
 
-def as_column(x: OneHot, memo: dict) -> Column:
+def as_column(x: OneHot) -> Column:
     """A one-element change as a change of one column of the last dimension."""
     width = x.base.shape[-1]
     at, delta = x.reach()
@@ -231,7 +231,7 @@ def _pointwise(node: Node, *args, **kwargs):
 
 def _widest(x, value: Tensor):
     if isinstance(x, OneHot) and x.base.ndim and x.base.shape[-1] == value.shape[-1]:
-        return as_column(x, {})
+        return as_column(x)
     return x
 
 

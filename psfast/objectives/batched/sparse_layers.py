@@ -51,7 +51,7 @@ def _addmm(node: Node, bias, x, weight, *, beta=1, alpha=1):
         return NotImplemented
     if isinstance(weight, OneHot) and is_base(x, bias):
         return _matrix(node, x, weight)
-    if isinstance(bias, OneHot) and is_base(x, weight) and bias.base.ndim == 1:
+    if isinstance(bias, OneHot) and is_base(x, weight) and bias.base.shape == node.value.shape[1:]:
         return _changed(node, -1, *bias.reach(), None)
     return NotImplemented
 
@@ -246,7 +246,9 @@ def _addmm_out(node: Node, K: int, bias, x, weight, *, beta=1, alpha=1):
     if isinstance(weight, (Batch, Column)) or not weight_like(node, 2):
         return NotImplemented
     base_bias = bias.base if isinstance(bias, OneHot) else bias
-    if beta != 1 or alpha != 1 or not is_base(base_bias) or base_bias.ndim != 1:
+    if beta != 1 or alpha != 1 or not is_base(base_bias):
+        return NotImplemented
+    if base_bias.shape != node.value.shape[1:]:  # one number for all, or another for each row
         return NotImplemented
     out = _product(node, x, weight, K, base_bias)
     if out is not NotImplemented and isinstance(bias, OneHot):

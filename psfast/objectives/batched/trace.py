@@ -98,6 +98,7 @@ def _holds_ref(value) -> bool:
 _MAYBE_VIEWS = {
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.clone.default,
     aten.contiguous.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default,
+    aten.view_copy.default, aten._reshape_copy.default,
 }  # fmt: skip
 
 
@@ -428,9 +429,13 @@ def _read(traced: torch.fx.GraphModule, state: list[Tensor], n_data: int) -> Gra
 
 
 def _stays(fx: torch.fx.Node) -> bool:
-    """Whether the node is needed without a reader: a draw decides what the later ones give."""
+    """Whether the node is needed without a reader.
+
+    A draw decides what the later ones give; and of what decides a shape, Python may have taken
+    up the length.
+    """
     is_random = torch.Tag.nondeterministic_seeded in getattr(fx.target, "tags", ())
-    return is_random or fx.op in ("placeholder", "output")
+    return is_random or bool(_deciding(fx)) or fx.op in ("placeholder", "output")
 
 
 def _name_the_shape(fx: torch.fx.Node) -> None:
