@@ -83,6 +83,12 @@ class ReadTwice(nn.Module):
         return self.last(h.flatten(1).relu()) + self.mean(h.mean((2, 3)))
 
 
+def every_other(h):
+    h = h.clone()
+    h[..., ::2] *= 3
+    return h
+
+
 class OneBias(nn.Module):
     """A bias of one number for all outputs."""
 
@@ -101,6 +107,7 @@ MODELS = {
         (4, 5),
         (4, 3),
     ),
+    "every other": (lambda: Between(every_other), (4, 5), (4, 3)),
     "a bias for all": (OneBias, (4, 5), (4, 6)),
     "alpha": (lambda: Added(None, out=6), (4, 5), (4, 6)),
     "copy_": (lambda: Copied(None, out=6), (4, 5), (4, 6)),

@@ -389,6 +389,8 @@ def _read(traced: torch.fx.GraphModule, state: list[Tensor], n_data: int) -> Gra
             continue
         if fx.target is aten.empty_like.default:
             _name_the_shape(fx)
+        if fx.target is aten.slice_scatter.default and len(fx.args) > 4:
+            _name_the_end(fx)
         args, kwargs = torch.fx.node.map_arg((fx.args, fx.kwargs), lambda n: Ref(number[n]))
         if fx.op == "call_function":
             _check(fx.target)
@@ -444,6 +446,13 @@ def _name_the_shape(fx: torch.fx.Node) -> None:
     fx.target = aten.empty_strided.default
     fx.args = (list(meta.shape), list(meta.stride))
     fx.kwargs = {"dtype": meta.dtype, "device": fx.meta["val"].device}
+
+
+def _name_the_end(fx: torch.fx.Node) -> None:
+    """Of ``x[..., ::2] = y``, where vmap's rule adds the step to "as far as there is"."""
+    x, y, dim, start, end, *step = fx.args
+    if end is not None:
+        fx.args = (x, y, dim, start, min(end, fx.meta["tensor_meta"].shape[dim]), *step)
 
 
 def _deciding(fx: torch.fx.Node) -> list[torch.fx.Node]:
