@@ -21,7 +21,16 @@ from pathlib import Path
 import torch
 from gpu_gate import eager_losses, gate, gate_descent, passed
 from gpu_run import DEVICE, DRY, Case, Run, build, problem, synchronize  # first: it sets Triton
-from harness import RESULTS, ForcedOutcomes, poll_block, run_points, set_values, values_of
+from harness import (
+    RESULTS,
+    ForcedOutcomes,
+    Interrupted,
+    poll_block,
+    run_points,
+    set_values,
+    values_of,
+    with_backward,
+)
 
 import psfast
 from psfast.flat import FlatParameters
@@ -59,10 +68,6 @@ def eager_loop(run: Run, size: str, batch: int) -> None:
     run.row(size, batch, "any", "serial loop", seconds, accept_costs="nothing more")
 
 
-class Enough(Exception):
-    """Ends a poll of the reference that would take minutes."""
-
-
 def reference_step(run: Run, size: str, batch: int) -> None:
     """The reference's failing poll up to some closure calls: forward, backward, restore.
 
@@ -75,17 +80,14 @@ def reference_step(run: Run, size: str, batch: int) -> None:
     def closure():
         times.append(time.perf_counter())
         if len(times) == 2 + (ROUNDS + 1) * part:
-            raise Enough
-        with torch.enable_grad():
-            model.zero_grad()
-            loss = criterion(model(inputs), targets)
-            loss.backward()
+            raise Interrupted
+        loss = with_backward(model, lambda: criterion(model(inputs), targets))
         synchronize()
-        return loss.detach() * 0.0 + 1.0
+        return loss * 0.0 + 1.0
 
     optimizer = psfast.ReferencePatternSearch(model.parameters(), radius=0.1)
     started = time.perf_counter()
-    with contextlib.suppress(Enough):
+    with contextlib.suppress(Interrupted):
         optimizer.step(closure)
     # The first call is the incumbent's; what comes before the second is a part of a whole poll.
     ends = times[1::part]

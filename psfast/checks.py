@@ -21,8 +21,15 @@ def check_number(
         raise ValueError(f"{name} must be {' and '.join(bounds)}, got {value!r}")
 
 
-def check_count(name: str, value: int | None, *, least: int = 1, optional: bool = False) -> None:
-    """Raise TypeError unless ``value`` is an integer, ValueError unless it is >= ``least``.
+def check_count(
+    name: str,
+    value: int | None,
+    *,
+    least: int = 1,
+    below: int | None = None,
+    optional: bool = False,
+) -> None:
+    """Raise TypeError unless ``value`` is an integer, ValueError unless it is in range.
 
     optional: None is right too
     """
@@ -33,3 +40,5 @@ def check_count(name: str, value: int | None, *, least: int = 1, optional: bool 
         raise TypeError(f"{name} must be {expected}, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")
+    if below is not None and value >= below:
+        raise ValueError(f"{name} must be < {below}, got {value}")

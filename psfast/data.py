@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from psfast.checks import check_count, check_number
+from psfast.checks import check_count
 
 SPLITS = {"train": range(0, 8), "val": range(8, 9), "test": range(9, 10)}  # tenths of all inputs
 SMALLEST_SPLIT_SPACE = 128
@@ -91,8 +91,7 @@ class StateTrackingDataset(Dataset):
     ):
         shortest, longest = _length_range(seq_len)
         _check_sizes(n_samples, vocab_size, sep_token, pad_token)
-        check_count("seed", seed, least=0)
-        check_number("seed", seed, below=2**61)
+        check_count("seed", seed, least=0, below=2**61)
         if not callable(ground_truth_fn):
             raise TypeError(f"ground_truth_fn must be callable, got {ground_truth_fn!r}")
         if split is not None and split not in SPLITS:
@@ -145,8 +144,7 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(self, n_samples: int, seed: int = 0):
-        check_count("seed", seed, least=0)
-        check_number("seed", seed, below=2**43)
+        check_count("seed", seed, least=0, below=2**43)
         self.n_samples = n_samples
         self.seed = seed
         self.epoch = 0

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
 from psfast.flat import same_parameters, trainable
@@ -217,13 +216,11 @@ class BatchObjectives:
     def _draws_random_numbers(self, inputs, targets) -> bool:
         """Whether the loss does, by whatever module or function: one evaluation on copies."""
         loss = CompositeLoss(self.model, self.criterion)
-        tensors = [*loss.named_parameters(), *loss.named_buffers()]
-        copies = {name: tensor.detach().clone() for name, tensor in tensors}
         device = self.optimizer.param_groups[0]["params"][0].device
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again when it is evaluated
             try:
-                return draws(lambda: functional_call(loss, copies, (inputs, targets)), device)
+                return draws(lambda: loss.on_copies(inputs, targets), device)
             except Exception:  # the objective will say what is wrong
                 return True
 

@@ -42,14 +42,13 @@ def train(config) -> None:
         finish_wandb,
         write_summary,
     )
-    from psfast.checks import check_count, check_number
+    from psfast.checks import check_count
     from psfast.lightning import PatternSearchMixin, refuse_what_cannot_work
 
     for not_of_use in (".*does not have many workers.*", ".*LeafSpec.*is deprecated.*"):
         warnings.filterwarnings("ignore", message=not_of_use)
     logging.getLogger("lightning").propagate = False  # Hydra's would say it all again
-    check_count("seed", config.seed, least=0)
-    check_number("seed", config.seed, below=2**32)  # of numpy, which Lightning seeds too
+    check_count("seed", config.seed, least=0, below=2**32)  # numpy's, which Lightning seeds too
     check_count("threads", config.threads, optional=True)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     if config.threads is not None:

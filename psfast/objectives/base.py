@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from psfast.flat import FlatParameters, checksum
@@ -170,6 +171,16 @@ class Objective:
         return f"{type(self).__name__}({self.extra_repr()})"
 
 
+def sampled(number: int, size: int) -> int:
+    """The element of tensor ``number`` that is compared with the model: not only first ones."""
+    return (2 * (number % 3) + 1) * size // 6
+
+
+def named_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, then buffers, by name; tied ones once."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
 class CompositeLoss(nn.Module):
     """inputs, targets -> ``criterion(model(inputs), targets)``, as one module."""
 
@@ -180,6 +191,11 @@ class CompositeLoss(nn.Module):
 
     def forward(self, inputs, targets):
         return self.criterion(self.model(inputs), targets)
+
+    def on_copies(self, inputs, targets) -> Tensor:
+        """The loss; what the forward pass writes to parameters and buffers is lost."""
+        copies = {name: t.detach().clone() for name, t in named_state(self).items()}
+        return functional_call(self, copies, (inputs, targets))
 
 
 def check_block(index: Tensor, delta: Tensor) -> None:

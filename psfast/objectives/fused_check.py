@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from psfast.flat import starts_of
+from psfast.objectives.base import sampled
 from psfast.ops import FusedPlan
 from psfast.reference_fused import fused_loss
 
@@ -41,8 +42,7 @@ def wrong_tensors(
     device = batch.tokens.device
     token = batch.tokens[0, 0].item()
     read = {model.token_embedding.weight: token * batch.sizes.d_model, model.position_embedding: 0}
-    # Elsewhere not only first rows, nor only queries.
-    places = [(p, read.get(p, (2 * (i % 3) + 1) * p.numel() // 6)) for i, p in enumerate(params)]
+    places = [(p, read.get(p, sampled(i, p.numel()))) for i, p in enumerate(params)]
     changes = [(p, element, _DELTA) for p, element in places]
     ends = {model.blocks[0].ln2.bias, model.blocks[-1].ln2.bias}
     beyond = [(p, element, _BEYOND) for p, element in places if p in ends]

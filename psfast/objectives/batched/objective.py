@@ -11,13 +11,19 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from psfast.flat import trainable
-from psfast.objectives.base import CompositeLoss, Objective, check_block, check_point
+from psfast.objectives.base import (
+    CompositeLoss,
+    Objective,
+    check_block,
+    check_point,
+    named_state,
+    sampled,
+)
 from psfast.objectives.batched.evaluate import Evaluator
 from psfast.objectives.batched.incumbent import Incumbent, has_bits
 from psfast.objectives.batched.plan import Plan
 from psfast.objectives.batched.trace import (
     check_kernels,
-    named_state,
     plain_loss,
     refuse_autocast,
     reproduces,
@@ -268,7 +274,7 @@ class BatchedObjective(Objective):
         every = math.ceil(len(self.params) * self.flat.size / _MOST_COPIED)
         for number in range(0, len(self.params), every):
             start, stop = self.flat.offsets[number : number + 2]
-            at = start + (2 * (number % 3) + 1) * (stop - start) // 6  # not only first elements
+            at = start + sampled(number, stop - start)
             index, delta = torch.tensor([at], device=self.device), torch.ones(1)
             (got,) = self._losses_of_few(index, delta, None)
             saved = self.flat.buffer[at].clone()

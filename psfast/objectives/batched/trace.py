@@ -16,6 +16,7 @@ from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from psfast.objectives.base import CompositeLoss, named_state
 from psfast.objectives.batched.interrupts import Uninterrupted
 from psfast.objectives.batched.modes import NoReadValues, run_under, shares_memory, spans
 from psfast.random_state import seeded
@@ -154,7 +155,7 @@ class Graph:
                 node.weight &= any(n.weight for n in read)
 
 
-def plain_loss(loss: nn.Module, inputs, targets, seed: int) -> Tensor:
+def plain_loss(loss: CompositeLoss, inputs, targets, seed: int) -> Tensor:
     """The loss as the model computes it by plain kernels, with the dropout masks of ``seed``.
 
     What the forward pass writes to parameters and buffers is lost: it is given copies.
@@ -163,14 +164,13 @@ def plain_loss(loss: nn.Module, inputs, targets, seed: int) -> Tensor:
         return _loss(loss, inputs, targets, seed)
 
 
-def _loss(loss: nn.Module, inputs, targets, seed: int) -> Tensor:
-    state = {name: t.detach().clone() for name, t in named_state(loss).items()}
+def _loss(loss: CompositeLoss, inputs, targets, seed: int) -> Tensor:
     device = next((p.device for p in loss.parameters()), torch.device("cpu"))
     with Uninterrupted(), seeded(seed, device):
-        return functional_call(loss, state, (inputs, targets))
+        return loss.on_copies(inputs, targets)
 
 
-def check_kernels(loss: nn.Module, inputs, targets, seed: int) -> None:
+def check_kernels(loss: CompositeLoss, inputs, targets, seed: int) -> None:
     """Raise ValueError if the model has another loss by plain kernels than by its usual ones.
 
     torch's fused encoder layers do: they write zeros to padded positions.
@@ -188,11 +188,6 @@ def reproduces(losses: Tensor, expected: Tensor) -> bool:
     """Whether these losses, of other code, are the model's own but for rounding."""
     bound = _TOLERANCE.get(expected.dtype, 0.05)
     return torch.allclose(losses, expected, rtol=bound, atol=bound * 1e-3, equal_nan=True)
-
-
-def named_state(loss: nn.Module) -> dict[str, Tensor]:
-    """Parameters, then buffers, by name; tied ones once."""
-    return {**dict(loss.named_parameters()), **dict(loss.named_buffers())}
 
 
 def signature(loss: nn.Module, inputs, targets) -> tuple:
