@@ -5,28 +5,49 @@ import torch
 
 from psfast.objectives.batched import arithmetic
 
-SHAPES = [(64, 192), (256, 64), (300, 33), (17, 16), (128, 10), (8, 1)]
+SHAPES = [(64, 192), (256, 64), (300, 33), (17, 16), (128, 10), (8, 1), (1, 3), (1024, 20)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("width, out", SHAPES)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("is_transposed", [False, True])
-@pytest.mark.parametrize("rows", [16, 64, 250])  # of a trial point
+@pytest.mark.parametrize("rows", [1, 3, 16, 250])  # of a trial point
 def test_linear_is_a_product_and_the_same_in_every_block(
-    width, out, with_bias, is_transposed, rows
+    dtype, width, out, with_bias, is_transposed, rows
 ):
     torch.manual_seed(0)
-    x = torch.randn(80 * rows, width)
-    weight = torch.randn(out, width).t() if is_transposed else torch.randn(width, out)
-    bias = torch.randn(out) if with_bias else None
+    x = torch.randn(80 * rows, width, dtype=dtype)
+    weight = torch.randn(width, out, dtype=dtype)
+    weight = weight.t().contiguous().t() if is_transposed else weight
+    bias = torch.randn(out, dtype=dtype) if with_bias else None
     found = arithmetic.linear(x, weight, bias, points=80)
     exact = x.double() @ weight.double() + (bias.double() if with_bias else 0.0)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
-    if out < 16:  # torch's own alone, whose bits here depend on the number of rows
-        return
-    for start, points in ((0, 1), (79, 1), (1, 2), (8, 16), (3, 47)):
+    for start, points in ((0, 1), (79, 1), (1, 2), (5, 3), (8, 16), (3, 47)):
         block = slice(start * rows, (start + points) * rows)
         assert torch.equal(arithmetic.linear(x[block], weight, bias, points), found[block])
+
+
+def _by_number_of_rows(x, weight, bias):
+    """A product as of a library that has other code for fewer than eleven rows."""
+    product = x @ weight if bias is None else torch.addmm(bias, x, weight)
+    return product * 1.000001 if len(x) < 11 else product
+
+
+@pytest.mark.parametrize("out", [1, 2, 40])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_few_rows_are_filled_up_to_as_many_as_the_library_needs(monkeypatch, out, with_bias):
+    monkeypatch.setattr(arithmetic, "_product", _by_number_of_rows)
+    monkeypatch.setattr(arithmetic, "_least_rows", arithmetic._least_rows.__wrapped__)
+    monkeypatch.setattr(arithmetic, "_has_onednn", lambda: False)
+    monkeypatch.setattr(arithmetic, "_products_agree", lambda *shape: False)
+    x, weight = torch.randn(64, 9), torch.randn(9, out)
+    bias = torch.randn(out) if with_bias else None
+    together = arithmetic.linear(x, weight, bias)
+    alone = [arithmetic.linear(row, weight, bias) for row in x.split(1)]
+    assert all(row.shape == (1, out) and row.is_contiguous() for row in alone)
+    assert torch.equal(torch.cat(alone), together)
 
 
 def test_large_products_go_to_onednn_where_it_is():
@@ -66,3 +87,16 @@ def test_tanh_is_right_everywhere(dtype):
     torch.testing.assert_close(arithmetic.tanh(ends), torch.tanh(ends), equal_nan=True)
     alone = torch.cat([arithmetic.tanh(piece) for piece in x.split(7)])
     assert torch.equal(alone, found)
+
+
+def test_linear_takes_weights_and_biases_of_any_form():
+    x, number = torch.randn(3, 4), torch.randn(1)
+    for weight in (
+        torch.randn(4, 1).expand(4, 5),
+        torch.randn(9)[:8].unfold(0, 5, 1),
+        x[:, :0].t(),
+    ):
+        for bias in (None, number, torch.randn(3, 1), number[0]):
+            expected = x[:, : len(weight)] @ weight + (0.0 if bias is None else bias)
+            found = arithmetic.linear(x[:, : len(weight)], weight, bias)
+            torch.testing.assert_close(found, expected)

@@ -100,7 +100,16 @@ class OneBias(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+def spectral(width):
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(width, 2))
+    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), layer).eval()
+
+
 MODELS = {
+    "spectral norm": (lambda: spectral(33), (2, 33), (2, 2)),
+    "spectral norm of few": (lambda: spectral(3), (17, 3), (17, 2)),
+    "one output": (lambda: Between(torch.relu, width=9, out=1), (3, 9), (3, 1)),
+    "PReLU": (lambda: nn.Sequential(nn.Linear(5, 6), nn.PReLU(), nn.PReLU(6)), (3, 5), (3, 6)),
     "read twice": (ReadTwice, (2, 1, 6, 6), (2, 4)),
     "view_copy": (
         lambda: Between(lambda h: torch.view_copy(h.sin(), [24]).relu().view(4, 6) + h),
@@ -123,6 +132,14 @@ MODELS = {
     "cosh": (lambda: Between(torch.cosh), (3, 5), (3, 3)),
     "atanh": (lambda: Between(lambda h: torch.atanh(h / 2)), (3, 5), (3, 3)),
     "atan2": (lambda: Between(lambda h: torch.atan2(h, h.flip(-1))), (3, 5), (3, 3)),
+    "celu": (lambda: Between(F.celu), (3, 5), (3, 3)),
+    "logit": (lambda: Between(lambda h: torch.logit(h.t().sigmoid()).t()), (3, 5), (3, 3)),
+    "ldexp": (lambda: Between(lambda h: torch.ldexp(h, 3 * h)), (3, 5), (3, 3)),
+    "gammainc": (
+        lambda: Between(lambda h: torch.special.gammainc(h.abs(), h.flip(-1).abs())),
+        (3, 5),
+        (3, 3),
+    ),
     "hypot": (lambda: Between(lambda h: torch.hypot(h, h[:, :1])), (3, 5), (3, 3)),
     "logaddexp": (lambda: Between(lambda h: torch.logaddexp(h, h.flip(-1))), (3, 5), (3, 3)),
     "logaddexp2": (lambda: Between(lambda h: torch.logaddexp2(h, h.flip(-1))), (3, 5), (3, 3)),

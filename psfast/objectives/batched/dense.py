@@ -132,11 +132,16 @@ def stack(x, K: int) -> Tensor:
     return x.tensor if isinstance(x, Batch) else x.expand(K, *x.shape)
 
 
+def of_point(k: int, *args) -> list:
+    """The arguments as trial point k has them."""
+    return [a.tensor[k] if isinstance(a, Batch) else a for a in args]
+
+
 @rule(aten._weight_norm_interface.default, aten._embedding_bag_forward_only.default)
 def one_by_one(node: Node, K: int, *args):
     """K calls: for ops that cannot be stacked, and where each trial point has a weight of its
     own: then they alone have the incumbent's bits, which come from one call for all K."""
-    outs = [node.op(*(a.tensor[k] if isinstance(a, Batch) else a for a in args)) for k in range(K)]
+    outs = [node.op(*of_point(k, *args)) for k in range(K)]
     if isinstance(outs[0], tuple):
         return tuple(torch.stack(parts) for parts in zip(*outs, strict=True))
     return torch.stack(outs)
@@ -199,6 +204,12 @@ def _tanh(node, K, x):
     return arithmetic.tanh(x.tensor)
 
 
+@rule(aten._prelu_kernel.default)
+def _prelu(node, K, x, weight):
+    x, weight = align(x, node.value.ndim), align(weight, node.value.ndim)
+    return torch.where(x > 0, x, x * weight)
+
+
 def _sigmoid(x: Tensor) -> Tensor:
     return x.neg().exp_().add_(1).reciprocal_()
 
@@ -244,7 +255,8 @@ STEADY = {
 PADDED = {
     aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.pow.Scalar, aten.exp2.default,
     aten.sinh.default, aten.cosh.default, aten.atanh.default, aten.atan2.default,
-    aten.hypot.default, aten.logaddexp.default, aten.logaddexp2.default,
+    aten.hypot.default, aten.logaddexp.default, aten.logaddexp2.default, aten.celu.default,
+    aten.logit.default, aten.igamma.default, aten.igammac.default, aten.ldexp.Tensor,
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from psfast.objectives.batched import arithmetic
 from psfast.objectives.batched.dense import (
     RULES,
     align,
+    of_point,
     one_by_one,
     rule,
     shift,
@@ -29,12 +30,17 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return arithmetic.linear(flat, weight, bias, K).view(K, rows, -1)
 
 
+def products(K: int, x, weight, bias=None) -> Tensor:
+    """The same where the weights are the trial points' own: one product each."""
+    return torch.stack([arithmetic.linear(*of_point(k, x, weight, bias)) for k in range(K)])
+
+
 @rule(aten.mm.default)
 def _mm(node, K, x, weight):
     if isinstance(x, Batch) and not isinstance(weight, Batch) and weight_like(node, 1):
         return product(x.tensor, weight)
-    if weight_like(node, 1) and node.value.shape[0] > 1:
-        return one_by_one(node, K, x, weight)
+    if weight_like(node, 1):
+        return products(K, x, weight)
     return torch.bmm(stack(x, K), stack(weight, K))
 
 
@@ -46,9 +52,15 @@ def _addmm(node, K, bias, x, weight, *, beta=1, alpha=1):
         if not isinstance(bias, Batch) and bias.ndim == 1:
             return product(x.tensor, weight, bias)
         return product(x.tensor, weight) + align(bias, 2)
-    if weight_like(node, 2) and node.value.shape[0] > 1:
-        return one_by_one(node, K, bias, x, weight)
+    if weight_like(node, 2):
+        return products(K, x, weight, bias)
     return torch.bmm(stack(x, K), stack(weight, K)) + align(bias, 2)
+
+
+@rule(aten.mv.default, aten.dot.default, aten.vdot.default)
+def _of_weights(node, K, *args):
+    """The norm of a weight, say: alone it is a product of other shapes than of K of them."""
+    return one_by_one(node, K, *args) if node.weight else NotImplemented
 
 
 @rule(aten.bmm.default)

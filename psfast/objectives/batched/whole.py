@@ -25,6 +25,8 @@ from psfast.objectives.watch import Watch
 from psfast.random_state import seeded
 
 _LARGEST_CHUNK = 64
+_CHUNKS_COMPARED = 128  # of each smaller size: few losses have other bits where some have
+_LEAST_COMPARED = 4  # of them for each tensor
 
 
 class VmapObjective(Objective):
@@ -129,13 +131,15 @@ class VmapObjective(Objective):
         if not self._must_look():
             return
         refuse_autocast(self.flat.buffer.device)
-        if self.flat.changed() or self._watch.changed() or self._verified_for is None:
+        is_other = self._watch.changed() or torch.get_num_threads() != self._threads
+        if self.flat.changed() or is_other or self._verified_for is None:
             self._refresh()
 
     def _refresh(self) -> None:
         """Take up the state and the batch as they are now."""
         self._incumbent = None
-        found = signature(self._composite, self.inputs, self.targets)
+        self._threads = torch.get_num_threads()  # which sizes are steady may depend on it
+        found = *signature(self._composite, self.inputs, self.targets), self._threads
         if found != self._verified_for:
             self._verified_for = None
             self._watch.look(())
@@ -192,47 +196,55 @@ class VmapObjective(Objective):
         check_kernels(self._composite, self.inputs, self.targets, self.seed)
         widest = max(p.nbytes for p in self.params)
         most = max(2, min(_LARGEST_CHUNK, self.workspace // (one.bytes + 2 * widest)))
-        sizes = sorted({2, min(8, most), most})
+        sizes = {2, min(8, most), most}
         generator = torch.Generator(device=plain.device).manual_seed(self.seed)
-        steady = set(sizes)
         for number in range(len(self.params)):
-            found = self._at_another_point(number, most, generator)
-            one_loss = found(most)[0]
-            steady = {size for size in steady if has_bits(found(size), one_loss)}
-        if most not in steady:
-            raise ValueError("the bits of a loss depend on its place in the chunk under vmap")
-        self._sizes = sorted(steady)
+            sizes &= self._steady_sizes(number, sizes, most, generator)
+        self._sizes = sorted(sizes)
 
-    def _at_another_point(self, number: int, most: int, generator: torch.Generator) -> Callable:
-        """size -> the losses (size,) of a chunk in which one tensor has moved, for all alike.
+    def _steady_sizes(self, number: int, sizes: set, most: int, generator: torch.Generator) -> set:
+        """Which of these chunk sizes give the losses the bits that the largest gives them.
 
-        Raises ValueError if it is not the model's.
+        Raises ValueError if a loss is not the model's, or if its bits depend on its place.
         """
         p = self.params[number]
-        step = 0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device)
+        shape = most, *p.shape
+        step = torch.randn(shape, generator=generator, dtype=p.dtype, device=p.device)
+        values = step.mul_(0.05).add_(p)
         saved = p.detach().clone()
         try:
-            p.add_(step)
-            moved, expected = p.detach().clone(), self._plain()
+            p.copy_(values[0])
+            first = self._plain()
+            p.copy_(values[-1])
+            expected = torch.stack([first, self._plain()])
         finally:
             p.copy_(saved)
 
-        def found(size: int) -> Tensor:
+        def found(values: Tensor) -> Tensor:
             try:
-                values = moved.expand(size, *p.shape).clone()
-                losses = run_under(NoHiddenReads(p), self._stacked, number, values)
+                return run_under(NoHiddenReads(p), self._stacked, number, values)
             except Exception as error:  # whatever a user's forward raises, vmap is not for it
                 reason = str(error).strip().splitlines()
                 raise ValueError(
                     f"vmap fails: {type(error).__name__}: {reason[0] if reason else ''}"
                 ) from error
-            if losses.shape != (size,) or not reproduces(losses, expected):
-                raise ValueError(
-                    f"vmap does not reproduce the model when {self._names[number]} moves"
-                )
-            return losses
 
-        return found
+        losses = found(values)
+        if losses.shape != (most,) or not reproduces(losses[[0, -1]], expected):
+            raise ValueError(f"vmap does not reproduce the model when {self._names[number]} moves")
+        if not has_bits(found(values.flip(0)).flip(0), losses):
+            raise ValueError("the bits of a loss depend on its place in the chunk under vmap")
+
+        count = max(_LEAST_COMPARED, _CHUNKS_COMPARED // len(self.params))
+
+        def is_steady(size: int) -> bool:
+            starts = range(0, most - size + 1, size)[:count]
+            return all(
+                has_bits(found(values[start : start + size]), losses[start : start + size])
+                for start in starts
+            )
+
+        return {size for size in sizes if size == most or is_steady(size)}
 
 
 class _Allocations(TorchDispatchMode):
