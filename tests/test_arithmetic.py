@@ -1,5 +1,7 @@
 """What the batched backend computes by other code than torch's own."""
 
+import functools
+
 import pytest
 import torch
 
@@ -29,25 +31,34 @@ def test_linear_is_a_product_and_the_same_in_every_block(
         assert torch.equal(arithmetic.linear(x[block], weight, bias, points), found[block])
 
 
-def _by_number_of_rows(x, weight, bias):
-    """A product as of a library that has other code for fewer than eleven rows."""
+def _by_place(x, weight, bias, *, rows, columns):
+    """A product as of a library that has other code for rows left over of so many, and for all
+    rows where columns are left over, by their place."""
     product = x @ weight if bias is None else torch.addmm(bias, x, weight)
-    return product * 1.000001 if len(x) < 11 else product
+    product[len(x) - len(x) % rows :] *= 1.000001
+    if weight.shape[1] % columns:
+        product[::2] *= 1.000001
+    return product
 
 
-@pytest.mark.parametrize("out", [1, 2, 40])
+@pytest.mark.parametrize("multiples", [(4, 1), (16, 1), (4, 16), (1, 2), (1, 3), (7, 1)])
+@pytest.mark.parametrize("out", [1, 2, 16, 40])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_few_rows_are_filled_up_to_as_many_as_the_library_needs(monkeypatch, out, with_bias):
-    monkeypatch.setattr(arithmetic, "_product", _by_number_of_rows)
-    monkeypatch.setattr(arithmetic, "_least_rows", arithmetic._least_rows.__wrapped__)
+def test_rows_have_the_same_bits_whatever_the_library_does(monkeypatch, out, with_bias, multiples):
+    rows, columns = multiples
+    library = functools.partial(_by_place, rows=rows, columns=columns)
+    steady = arithmetic._steady_multiples.__wrapped__
+    monkeypatch.setattr(arithmetic, "_product", library)
+    monkeypatch.setattr(arithmetic, "_steady_multiples", functools.cache(steady))
     monkeypatch.setattr(arithmetic, "_has_onednn", lambda: False)
-    monkeypatch.setattr(arithmetic, "_products_agree", lambda *shape: False)
-    x, weight = torch.randn(64, 9), torch.randn(9, out)
+    x, weight = torch.randn(65, 9), torch.randn(9, out)
     bias = torch.randn(out) if with_bias else None
     together = arithmetic.linear(x, weight, bias)
+    torch.testing.assert_close(together, torch.nn.functional.linear(x, weight.t(), bias))
     alone = [arithmetic.linear(row, weight, bias) for row in x.split(1)]
     assert all(row.shape == (1, out) and row.is_contiguous() for row in alone)
     assert torch.equal(torch.cat(alone), together)
+    assert torch.equal(torch.cat([arithmetic.linear(x[:8], weight, bias), *alone[8:]]), together)
 
 
 def test_large_products_go_to_onednn_where_it_is():
@@ -58,7 +69,7 @@ def test_large_products_go_to_onednn_where_it_is():
     assert "mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}
 
 
-@pytest.mark.parametrize("without", ["_has_onednn", "_products_agree", "_log_softmax_agrees"])
+@pytest.mark.parametrize("without", ["_has_onednn", "_onednn_agrees", "_log_softmax_agrees"])
 def test_without_the_faster_code_the_values_are_the_same(monkeypatch, without):
     monkeypatch.setattr(arithmetic, without, lambda *shape: False)
     x, weight, bias = torch.randn(512, 64), torch.randn(64, 192), torch.randn(192)

@@ -4,16 +4,23 @@ What runs depends on dtypes and shapes alone, never on time: the bits of a run m
 from one day to the next. Where two ways share one operation, by size, they give the same bits.
 """
 
+import itertools
 import platform
-from functools import cache, lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache, partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _LEAST_WIDTH = 16  # of a product's result: narrower ones gain little
 _LEAST_WORK = 1 << 20  # multiplications of one product from which oneDNN is worth its longer call
 _LEAST_BLOCK = 1 << 22  # the same of a block of them, which may be of any size
-_MOST_PROBED = 512  # rows of a product that all smaller ones are compared with
+_ROWS = (1, 4, 16, 64, 256)  # multiples to fill a product up to
+_COLUMNS = (1, 2, 16)  # a single one would be a matrix times a vector, which is other code
+_TERMS = (1, 16)  # then every row begins at a multiple of 64 bytes
+_ROWS_PROBED = 512  # of a product that smaller ones are compared with
+_MULTIPLES_PROBED = (*range(1, 17), 23, 31, 61, 125)  # as many as there is room for
 _COMPARED = 4096  # elements of the products of each size
 _MOST_CLASSES = 15  # with more, torch's log_softmax works in vectors
 _ROWS_AT_A_TIME = 64  # a multiple of what log_softmax takes at a time, on every thread
@@ -25,9 +32,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, points: int = 
     points: how many trial points the rows are of, as many each
     bias: or any that can be added to the result
 
-    On CPU a row of the result has the same bits in every product, however many rows it has: MKL
-    sums up to fifteen rows otherwise than more of them (measured: on an Intel Xeon; on AMD
-    Zen 4 and 5 a single one), so as many rows as it takes are filled up.
+    On CPU a row of the result has the same bits in every product, however many rows it has and
+    wherever it stands. MKL has other code for few rows, for those left over (measured: of 16 on
+    an Intel Xeon, of 4 on an AMD Zen 4) and, on the latter, for rows that begin at an odd
+    address, so products are filled up with zeros as far as it takes.
 
     torch computes float32 products with MKL, which leaves half of the machine unused where it
     does not know the processor (measured: 105 of 256 GFLOP/s a core on an AMD Zen 5; oneDNN
@@ -40,64 +48,86 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, points: int = 
         if bias.dim() != 1:
             return linear(x, weight, None, points) + bias
         bias = bias.expand(weight.shape[1]).contiguous()
-    if x.dtype == torch.float32 and weight.shape[1] >= _LEAST_WIDTH:
+    kind = weight.shape, weight.stride(), x.dtype, bias is not None, torch.get_num_threads()
+    if x.dtype == torch.float32 and weight.shape[1] >= _LEAST_WIDTH and _has_onednn():
         work = len(x) * weight.numel()
-        if _products_agree(*weight.shape, torch.get_num_threads()):
-            is_worth_it = work > _LEAST_BLOCK
-        else:
-            is_worth_it = work // points > _LEAST_WORK and _has_onednn()
-        if is_worth_it:
+        agrees = _onednn_agrees(*kind)
+        if work > _LEAST_BLOCK if agrees else work // points > _LEAST_WORK:
             return _onednn(x, weight, bias)
-    return _in_enough_rows(x, weight, bias)
+    return _steady_product(x, weight, bias, kind)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
-def _in_enough_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product by MKL, with as many rows as its bits do not depend on the number from."""
-    rows, out = len(x), weight.shape[1]
-    if out == 1:  # a matrix and a vector: its sums depend on the row's place
-        weight = weight.expand(-1, 2).contiguous()
-        bias = None if bias is None else bias.expand(2)
-    kind = weight.shape, weight.stride(), x.dtype, bias is not None
-    least = _least_rows(*kind, torch.get_num_threads())
-    if rows < least:
-        x = torch.nn.functional.pad(x, (0, 0, 0, least - rows))
-    found = _product(x, weight, bias)
-    found = found[:rows] if rows < least else found
-    return found[:, :1].contiguous() if out == 1 else found
+def _steady_product(x: Tensor, weight: Tensor, bias: Tensor | None, kind: tuple) -> Tensor:
+    """The product by MKL, in which a row's bits do not depend on the other rows."""
+    multiples = _steady_multiples(*kind)
+    if multiples is None:  # row by row
+        found = torch.bmm(x[:, None], weight.expand(len(x), *weight.shape)).squeeze(1)
+        return found if bias is None else found + bias
+    return _product_in_multiples(x, weight, bias, *multiples)
+
+
+def _product_in_multiples(
+    x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, inner: int
+) -> Tensor:
+    """The product, with rows, columns and terms of zeros up to multiples of these numbers."""
+    width, out = weight.shape
+    terms, more = -width % inner, -out % columns
+    if terms:
+        x = F.pad(x, (0, terms))
+    if terms or more:
+        weight = F.pad(weight, (0, more, 0, terms))
+        bias = None if bias is None else F.pad(bias, (0, more))
+    over = len(x) % rows
+    if not over:
+        found = _product(x, weight, bias)
+    else:
+        whole = len(x) - over
+        found = _product(F.pad(x[whole:], (0, 0, 0, rows - over)), weight, bias)[:over]
+        if whole:
+            found = torch.cat([_product(x[:whole], weight, bias), found])
+    return found[:, :out].contiguous() if more else found
 
 
 @cache
-def _least_rows(
+def _steady_multiples(*kind) -> tuple[int, int, int] | None:
+    """The least multiples of rows, columns and terms in which a product with such a weight
+    computes each row by the same bits; None if there are none."""
+    x, weight, bias = _operands(*kind)
+    for inner, columns, rows in itertools.product(_TERMS, _COLUMNS, _ROWS):
+        product = partial(_product_in_multiples, rows=rows, columns=columns, inner=inner)
+        if _is_steady(lambda x, product=product: product(x, weight, bias), x, rows):
+            return rows, columns, inner
+    return None
+
+
+def _is_steady(product: Callable[[Tensor], Tensor], x: Tensor, multiple: int) -> bool:
+    """Whether rows have the same bits in products of other numbers of rows, at other places, and
+    in a memory of their own."""
+    expected = product(x)
+    for rows in (multiple * count for count in _MULTIPLES_PROBED):
+        if rows >= len(x):
+            break
+        samples = -(-_COMPARED // expected[:rows].numel())
+        step = (len(x) - rows) // samples | 1  # odd, so that all places in a multiple come up
+        for i in range(1, len(x) - rows + 1, step):
+            part, same = x[i : i + rows], expected[i : i + rows]
+            if not (torch.equal(product(part), same) and torch.equal(product(part.clone()), same)):
+                return False
+    return True
+
+
+def _operands(
     shape: tuple, stride: tuple, dtype: torch.dtype, with_bias: bool, threads: int
-) -> int:
-    """From how many rows on a product with such a weight has a row's bits; a power of two."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Random ones of a product with such a weight."""
     width, out = shape
     memory = 1 + (width - 1) * stride[0] + (out - 1) * stride[1]
-    x, weight, bias = _random((_MOST_PROBED, width), (memory,), (out,), dtype=dtype)
-    weight = weight.as_strided(shape, stride)
-    bias = bias if with_bias else None
-    expected = _product(x, weight, bias)
-
-    def is_right(rows: int) -> bool:
-        most = rows * max(1, _COMPARED // (rows * out))
-        starts = range(0, min(most, _MOST_PROBED - rows + 1), rows)
-        return all(
-            torch.equal(_product(x[i : i + rows], weight, bias), expected[i : i + rows])
-            for i in starts
-        )
-
-    least = _MOST_PROBED
-    while least > 1:
-        # each size where few rows are worth a program of their own, and a sample of the others
-        sizes = range(least // 2, least, max(1, least // 32))
-        if not all(is_right(rows) for rows in sizes):
-            break
-        least //= 2
-    return least
+    x, weight, bias = _random((_ROWS_PROBED, width), (memory,), (out,), dtype=dtype)
+    return x, weight.as_strided(shape, stride), bias if with_bias else None
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -115,15 +145,13 @@ def _has_onednn() -> bool:
 
 
 @cache
-def _products_agree(width: int, out: int, threads: int) -> bool:
-    """Whether oneDNN is there and has MKL's bits.
+def _onednn_agrees(*kind) -> bool:
+    """Whether oneDNN's bits are MKL's.
 
     Both add in the same order up to some width, and MKL in blocks beyond.
     """
-    if not _has_onednn():
-        return False
-    x, weight, bias = _random((_MOST_PROBED, width), (width, out), (out,))
-    return all(torch.equal(_product(x, weight, b), _onednn(x, weight, b)) for b in (bias, None))
+    operands = _operands(*kind)
+    return torch.equal(_steady_product(*operands, kind), _onednn(*operands))
 
 
 def log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
