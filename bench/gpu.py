@@ -264,7 +264,7 @@ def compile_all(run: Run, cases: list[Case]) -> None:
 def tile_cases() -> list[tuple[str, str, tuple, dict]]:
     """Other configurations: size, kernel, key, and what they have instead of the usual ones.
 
-    kernel: "blocks" or "tail"; key: in ``plan.BLOCKS`` or ``plan.TAILS``. Some of them spill
+    kernel: "blocks" or "tail"; key: in ``configs.BLOCKS`` or ``configs.TAILS``. Some of them spill
     registers: here is where it shows whether that matters.
     """
     chip = 9 if DRY or torch.cuda.get_device_capability()[0] == 9 else 8
@@ -281,16 +281,16 @@ def tile_cases() -> list[tuple[str, str, tuple, dict]]:
 @contextlib.contextmanager
 def other_tiles(place: int):
     """Inside, plans are made with this one of ``tile_cases``."""
-    from psfast.kernels import plan
+    from psfast.kernels import configs
 
     _, kernel, key, change = tile_cases()[place]
-    configs = {"blocks": plan.BLOCKS, "tail": plan.TAILS}[kernel]
-    usual = configs[key]
-    configs[key] = usual._replace(**change)
+    table = {"blocks": configs.BLOCKS, "tail": configs.TAILS}[kernel]
+    usual = table[key]
+    table[key] = usual._replace(**change)
     try:
-        yield configs[key]
+        yield table[key]
     finally:
-        configs[key] = usual
+        table[key] = usual
 
 
 def tiles(run: Run, case: Case) -> None:

@@ -39,6 +39,7 @@ from psfast.kernels.tiles import (
     feed_forward,
     from_heads,
     inverse,
+    is_finite,
     layer_norm,
     linear,
     linear_of_norm,
@@ -49,10 +50,20 @@ from psfast.kernels.tiles import (
 )
 
 
+@triton.jit
+def _is_broken(out_ptr, k, mask, parts):
+    """In how many parts the result of trial points ``k`` is not finite."""
+    broken = tl.zeros_like(k).to(tl.int32)
+    for part in range(parts):
+        value = tl.load(out_ptr + k * parts + part, mask=mask, other=0.0)
+        broken += (is_finite(value) == 0).to(tl.int32)
+    return broken
+
+
 # A new block size must not mean a new compilation.
 @triton.jit(do_not_specialize=["out_ptr", "K", "C", "parts", "n_layers"])
 def run_blocks(
-    points_ptr,  # what `describe` says: (FIELDS, K) int32
+    points_ptr,  # what `tell` says: (FIELDS, K) int32
     delta_ptr,  # and (K,) fp32
     out_ptr,  # what `tail` stores, (K, parts); only REPAIR looks at it
     behind_ptr,  # (K, C, DP) fp32: the packed rows behind the last attention
@@ -126,16 +137,17 @@ def run_blocks(
     position = tl.arange(0, M) % TP
     end = 2 * n_layers - 1
 
-    for point in range(POINTS):
+    count = POINTS
+    if REPAIR:
+        # Mostly none is to be repaired: that takes one look at all of them.
+        every = tl.program_id(0) * POINTS + tl.arange(0, POINTS)
+        broken = _is_broken(out_ptr, every.to(tl.int64), every < K, parts)
+        count = tl.where(tl.sum(broken, 0) > 0, POINTS, 0)
+    for point in range(count):
         k = (tl.program_id(0) * POINTS + point).to(tl.int64)
         todo = k < K
         if REPAIR:
-            broken = 0
-            for part in range(parts):
-                value = tl.load(out_ptr + k * parts + part, mask=todo, other=0.0)
-                # Infinite or NaN: a finite number minus itself is zero.
-                broken += (value - value != 0).to(tl.int32)
-            todo = broken > 0
+            todo = _is_broken(out_ptr, k, todo, parts) > 0
         if CACHE:
             kind = -1
             layer = 0

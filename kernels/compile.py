@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-from psfast.kernels import blocks, losses, plan, points, tail, weights
+from psfast.kernels import blocks, configs, losses, points, tail, weights
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 # The cuts for sm_80 are taken by consumer chips as well, which have less: sm_86, sm_89, sm_120.
 SHARED_MEMORY = {80: 101_376, 90: 232_448}
-DEFAULT_MODE = plan.MODES[0]
+DEFAULT_MODE = configs.MODES[0]
 _KERNELS = {
     "blocks": blocks.run_blocks,
     "tail": tail.run_tail,
@@ -54,7 +54,7 @@ _TYPES = {
     "incumbents_ptr": "*fp64",
     "state_ptr": "*i64",
     "margin_ptr": "*fp64",
-    "block_index_ptr": "*i64",
+    "place_ptr": "*i32",
     "summed_ptr": "*fp64",
     "eps": "fp32",
     "scale": "fp32",
@@ -90,18 +90,18 @@ class Result(NamedTuple):
         return found + (["wgmma serialised (C7512)"] if self.serialised else [])
 
 
-def transformer_sizes(width: int, positions: int) -> plan.Sizes:
+def transformer_sizes(width: int, positions: int) -> configs.Sizes:
     """The sizes that a configuration is compiled for: small, medium and large."""
     heads, layers = {64: (4, 2), 128: (8, 4), 256: (8, 6)}[width]
-    return plan.Sizes(width, heads, 4 * width, 102, layers, positions, dropout=True)
+    return configs.Sizes(width, heads, 4 * width, 102, layers, positions, dropout=True)
 
 
 def blocks_case(
     capability: int, width: int, positions: int, mode: str, *, cache: bool, repair: bool
 ) -> Case:
     sizes = transformer_sizes(width, positions)
-    config = plan.choose_config(sizes, capability, mode)
-    constants = plan.blocks_constants(sizes, config, mode, cache=cache, repair=repair)
+    config = configs.choose_config(sizes, capability, mode)
+    constants = configs.blocks_constants(sizes, config, mode, cache=cache, repair=repair)
     what = f"blocks {_kind(cache, repair)}{mode} d_model {width} T <= {positions}"
     return _case(what, "blocks", config.blocks, constants, capability)
 
@@ -110,9 +110,9 @@ def tail_case(
     capability: int, width: int, vocabulary: int, mode: str, *, cache: bool, repair: bool
 ) -> Case:
     sizes = transformer_sizes(width, 16)._replace(vocab_size=vocabulary)
-    config = plan.choose_config(sizes, capability, mode)
+    config = configs.choose_config(sizes, capability, mode)
     each = config.tail.rows // 2
-    constants = plan.tail_constants(sizes, config, mode, each, cache=cache, repair=repair)
+    constants = configs.tail_constants(sizes, config, mode, each, cache=cache, repair=repair)
     what = f"tail {_kind(cache, repair)}{mode} d_model {width} V = {vocabulary}"
     return _case(what, "tail", config.tail, constants, capability)
 
@@ -121,7 +121,7 @@ def _kind(cache: bool, repair: bool) -> str:
     return ("cache " if cache else "") + ("repair " if repair else "")
 
 
-def _case(name: str, function: str, cut: plan.Cut, constants: dict, capability: int) -> Case:
+def _case(name: str, function: str, cut: configs.Cut, constants: dict, capability: int) -> Case:
     # The cache is filled once an accept, by few programs: a spill there costs nothing.
     strict = constants["MODE"] == DEFAULT_MODE and not constants["CACHE"]
     return Case(name, function, constants, cut.warps, cut.stages, capability * 10, strict)
@@ -134,19 +134,20 @@ def cases() -> Iterator[Case]:
     """
     for arch in SHARED_MEMORY:
         yield Case("reduce", "reduce_losses", {"BLOCK": 128}, 4, 2, arch, True)
-        yield Case("take first", "take_first", {"BLOCK": 32}, 1, 2, arch, True)
-        scale = {"SCALE": plan.WEIGHT_SCALE, "BLOCK": 1024}
+        scale = {"SCALE": configs.WEIGHT_SCALE, "BLOCK": 1024}
         yield Case("pack", "pack", scale, 4, 2, arch, True)
         sizes = transformer_sizes(64, 16)
-        config = plan.choose_config(sizes, arch // 10, DEFAULT_MODE)
-        constants = plan.describe_constants(sizes, config)
+        config = configs.choose_config(sizes, arch // 10, DEFAULT_MODE)
+        constants = configs.describe_constants(sizes, config)
         yield Case("describe", "describe", constants, 4, 2, arch, True)
-    tails = [(*key, V) for key in plan.TAILS for V in (102, 300)]  # at once, and in parts
-    for case, keys in ((blocks_case, plan.BLOCKS), (tail_case, tails)):
+        constants = configs.take_first_constants(sizes, config, 32)
+        yield Case("take first", "take_first", constants, 1, 2, arch, True)
+    tails = [(*key, V) for key in configs.TAILS for V in (102, 300)]  # at once, and in parts
+    for case, keys in ((blocks_case, configs.BLOCKS), (tail_case, tails)):
         for key in keys:
             for cache in (False, True):
                 yield case(*key, DEFAULT_MODE, cache=cache, repair=False)
-                yield case(*key, plan.FALLBACK, cache=cache, repair=True)
+                yield case(*key, configs.FALLBACK, cache=cache, repair=True)
             yield case(*key, "fp32", cache=False, repair=False)
 
 

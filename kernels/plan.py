@@ -1,187 +1,18 @@
-"""Configurations of the transformer kernels, and their launches."""
+"""Launches of the transformer kernels: what they read, and what they hand on."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from psfast.kernels import blocks, losses, points, tail, weights
+from psfast.kernels import blocks, configs, losses, points, tail, weights
+from psfast.kernels.configs import Config, Sizes, power_of_two, round_up
 from torch import Tensor, nn
 
-MODES = ("fp16x3", "tf32x3", "fp32")
-FALLBACK = "tf32x3"  # fp16's range ends at 65,504; tf32 has that of fp32
-WEIGHT_SCALE = 64.0  # keeps the low halves of small weights out of fp16's subnormal numbers
 PROGRAMS = 128  # about as many as a large GPU runs at once
-_REPAIR_POINTS = 32
-_REPAIR_TILES = 8
 _SORTED = 1024  # trial points from which on their order pays
 _STAGED_BYTES = 2**25
 _BEHIND_BYTES = 2**26
-
-
-class Cut(NamedTuple):
-    """How a kernel is cut: rows and warps of a program, and what its inner loops take at a time."""
-
-    rows: int
-    warps: int
-    hidden: int
-    queries: int = 16  # columns of whole heads, one head at least
-    vocabulary: int = 16
-    staged: int = 0  # normalised columns at a time, where they do not stay on chip
-    stages: int = 2
-
-
-class Config(NamedTuple):
-    """How the two kernels are cut for one model."""
-
-    blocks: Cut
-    tail: Cut
-
-
-class Sizes(NamedTuple):
-    """A transformer's sizes; ``positions`` is the padded length of its sequences."""
-
-    d_model: int
-    n_heads: int
-    d_ff: int
-    vocab_size: int
-    n_layers: int
-    positions: int
-    dropout: bool
-
-    @property
-    def padded_model(self) -> int:
-        return _power_of_two(self.d_model)
-
-    @property
-    def padded_head(self) -> int:
-        return _power_of_two(self.d_model // self.n_heads)
-
-    @property
-    def table_bits(self) -> int:
-        return (12 * self.n_layers + 6).bit_length()
-
-
-def padded_positions(T: int) -> int:
-    """The positions that a sequence of T takes in a tile."""
-    return _power_of_two(T)
-
-
-# (compute capability, padded d_model, positions) -> how ``blocks`` is cut, and without the
-# positions ``tail``. Each fits into shared memory and, with the Triton that we pin, is free of
-# spills in fp16x3: `python -m psfast.kernels.compile` checks all of them. Triton 3.6 spills in
-# four of them (up to 1.4 KB), with dropout alone and outside the inner loops. Four warps a tile
-# of 64 rows: eight would compute some products twice (which only the one for 64 positions bears;
-# with four it spills).
-BLOCKS = {
-    (9, 64, 16): Cut(64, 4, hidden=32, queries=32),
-    (9, 64, 32): Cut(64, 4, hidden=64, queries=32),
-    (9, 64, 64): Cut(64, 8, hidden=32, queries=32, staged=16),
-    (9, 128, 16): Cut(64, 4, hidden=64, queries=32, staged=32),
-    (9, 128, 32): Cut(64, 4, hidden=32, queries=16, staged=32),
-    (9, 256, 16): Cut(32, 8, hidden=64, queries=64, staged=64),
-    (9, 256, 32): Cut(32, 8, hidden=64, queries=64, staged=64),
-    (8, 64, 16): Cut(64, 4, hidden=16, staged=32),
-    (8, 64, 32): Cut(32, 4, hidden=32, queries=64),
-    (8, 128, 16): Cut(32, 8, hidden=64, queries=64, staged=64),
-    (8, 128, 32): Cut(32, 8, hidden=64, queries=64, staged=64),
-    (8, 256, 16): Cut(32, 8, hidden=64, queries=64, staged=64),
-    (8, 256, 32): Cut(32, 8, hidden=64, queries=64, staged=64),
-}
-TAILS = {
-    (9, 64): Cut(64, 4, hidden=64, vocabulary=128),
-    (9, 128): Cut(32, 4, hidden=64, vocabulary=64, staged=64),
-    (9, 256): Cut(32, 8, hidden=64, vocabulary=128, staged=64),
-    (8, 64): Cut(32, 4, hidden=64, vocabulary=128),
-    (8, 128): Cut(32, 8, hidden=64, vocabulary=64, staged=64),
-    (8, 256): Cut(32, 8, hidden=64, vocabulary=64, staged=64),
-}
-
-
-def choose_config(sizes: Sizes, capability: int, mode: str) -> Config | None:
-    """The configuration for these sizes; None if there is none."""
-    # wgmma is Hopper's alone; what came after it has mma, as Ampere has.
-    chip, width = 9 if capability == 9 else min(capability, 8), max(64, sizes.padded_model)
-    chosen = BLOCKS.get((chip, width, sizes.positions))
-    if chosen is None:
-        return None
-    if mode == "fp32":
-        # The CUDA cores take their operands from registers: the smallest tiles there are.
-        small = Cut(16, 8, hidden=16, staged=16, stages=1)
-        return Config(small._replace(rows=sizes.positions), small)
-    return Config(chosen, TAILS[chip, width])
-
-
-def layout(sizes: Sizes, config: Config) -> dict:
-    """How weights and cached columns lie, for all kernels."""
-    DK = sizes.padded_head
-    return {
-        "DP": sizes.padded_model,
-        "D_K": sizes.d_model // sizes.n_heads,
-        "DK": DK,
-        "AP": _round_up(sizes.n_heads, _heads_at_a_time(sizes, config)) * DK,
-        "FP": _round_up(sizes.d_ff, max(cut.hidden for cut in config)),
-    }
-
-
-def describe_constants(sizes: Sizes, config: Config) -> dict:
-    """The compile-time arguments of ``points.describe``."""
-    return {**layout(sizes, config), "TABLE_BITS": sizes.table_bits, "BLOCK": 128}
-
-
-def blocks_constants(sizes: Sizes, config: Config, mode: str, *, cache: bool, repair: bool) -> dict:
-    """The compile-time arguments of ``blocks.run_blocks``."""
-    return {
-        **layout(sizes, config),
-        **_of_cut(sizes, config.blocks, mode),
-        "TP": sizes.positions,
-        "HC": _heads_at_a_time(sizes, config),
-        "CACHE": cache,
-        "REPAIR": repair,
-        "POINTS": _REPAIR_POINTS if repair and not cache else 1,
-    }
-
-
-def tail_constants(
-    sizes: Sizes, config: Config, mode: str, each: int, *, cache: bool, repair: bool
-) -> dict:
-    """The compile-time arguments of ``tail.run_tail``; each: rows of a trial point in a tile."""
-    laid = layout(sizes, config)
-    return {
-        **{name: laid[name] for name in ("DP", "AP", "FP")},
-        **_of_cut(sizes, config.tail, mode),
-        "EACH": each,
-        "V": sizes.vocab_size,
-        "VP": padded_vocabulary(sizes, config),
-        "VC": _vocabulary_at_a_time(sizes, config),
-        "CACHE": cache,
-        "REPAIR": repair,
-        "TILES": _REPAIR_TILES if repair and not cache else 1,
-    }
-
-
-def padded_vocabulary(sizes: Sizes, config: Config) -> int:
-    return _round_up(sizes.vocab_size, _vocabulary_at_a_time(sizes, config))
-
-
-def _heads_at_a_time(sizes: Sizes, config: Config) -> int:
-    most = _power_of_two(sizes.n_heads, least=1)
-    return max(1, min(most, config.blocks.queries // sizes.padded_head))
-
-
-def _vocabulary_at_a_time(sizes: Sizes, config: Config) -> int:
-    return min(config.tail.vocabulary, _power_of_two(sizes.vocab_size))
-
-
-def _of_cut(sizes: Sizes, cut: Cut, mode: str) -> dict:
-    return {
-        "M": cut.rows,
-        "D": sizes.d_model,
-        "KC": min(cut.staged or sizes.padded_model, sizes.padded_model),
-        "FC": cut.hidden,
-        "SCALE": WEIGHT_SCALE,
-        "MODE": mode,
-        "DROPOUT": sizes.dropout,
-    }
 
 
 class Rows(NamedTuple):
@@ -266,13 +97,17 @@ class TransformerPlan:
         mode: str,
     ):
         self.sizes, self.config, self.mode = sizes, config, mode
-        self.scratch: Scratch | None = None
+        self.repairs = mode == "fp16x3"  # the other modes have fp32's range
+        self._scratch: Scratch | None = None
         self.device = trainable[0].device
         self._all = torch.zeros(1, dtype=torch.int32, device=self.device)  # from block 0 on
-        self._layout = layout(sizes, config)
+        self._layout = configs.layout(sizes, config)
         ids = weights.parameter_ids(model, trainable)
-        order = weights.pack_order(model, ids, self._layout, padded_vocabulary(sizes, config))
+        order = weights.pack_order(
+            model, ids, self._layout, configs.padded_vocabulary(sizes, config)
+        )
         self.order = order.to(torch.int32).to(self.device)
+        self.places = weights.places(order, sum(map(torch.numel, ids.values()))).to(self.device)
         table = weights.tensor_table(model, trainable, 1 << sizes.table_bits)
         self.table = table.to(self.device)
         self.n_params = sum(p.numel() for p in trainable)
@@ -300,11 +135,11 @@ class TransformerPlan:
         )
         at = (targets >= 0).nonzero()[:, 0]
         count = len(at)
-        each = min(self.config.tail.rows, _power_of_two(count, least=4))
+        each = min(self.config.tail.rows, power_of_two(count, least=4))
         place = torch.full_like(targets, -1)
         place[at] = torch.arange(count, dtype=torch.int32, device=self.device)
         packed = torch.stack([at.int(), targets[at]])
-        packed = F.pad(packed, (0, _round_up(max(1, count), each) - count), value=-1)
+        packed = F.pad(packed, (0, round_up(max(1, count), each) - count), value=-1)
         if masks is None:
             keep = torch.ones(1, dtype=torch.int8, device=self.device)
         else:
@@ -341,12 +176,6 @@ class TransformerPlan:
 
     def refresh(self, cache: Cache, params: Tensor, rows: Rows) -> Tensor:
         """Fill ``cache`` at ``params`` (N,); returns the loss there, (1,) float64."""
-        self.fill(cache, params, rows, self._all)
-        return self.loss(cache, rows)
-
-    def fill(self, cache: Cache, params: Tensor, rows: Rows, first: Tensor) -> None:
-        """Fill ``cache`` at ``params`` (N,) from block ``first`` (1,) int32 on: n_layers is what
-        lies behind the last attention, above it there is nothing to fill."""
         size = len(self.order)
         with torch.cuda.device_of(params):
             weights.pack[(-(-size // 1024),)](
@@ -356,12 +185,24 @@ class TransformerPlan:
                 cache.hi,
                 cache.lo,
                 size,
-                first,
-                self.sizes.n_layers,
-                SCALE=WEIGHT_SCALE,
+                SCALE=configs.WEIGHT_SCALE,
                 BLOCK=1024,
             )
-        self._launch(None, None, cache.summed, params, cache, rows, first)
+        scratch = self._own_scratch(1, rows, cache=True)
+        self.fill(scratch, cache, params, rows, self._all)
+        self.fill_again(scratch, cache, params, rows)
+        return self.loss(cache, rows)
+
+    def fill(self, scratch, cache: Cache, params: Tensor, rows: Rows, first: Tensor) -> None:
+        """Fill ``cache``, whose packed weights are those of ``params``, from block ``first`` (1,)
+        int32 on: n_layers is what lies behind the last attention, above it nothing is to fill."""
+        self._run(scratch, 1, cache.summed, params, cache, rows, self.mode, first=first)
+
+    def fill_again(self, scratch, cache: Cache, params: Tensor, rows: Rows) -> None:
+        """Fill all of ``cache`` by ``FALLBACK`` where its loss is not finite."""
+        if self.repairs:
+            what = scratch, 1, cache.summed, params, cache, rows, configs.FALLBACK
+            self._run(*what, first=self._all, repair=True)
 
     def loss(self, cache: Cache, rows: Rows) -> Tensor:
         """The loss of the cached incumbent, (1,) float64."""
@@ -373,7 +214,7 @@ class TransformerPlan:
     ) -> Tensor:
         """index: (K,) int64; delta: (K,) float32 -> (K,) float64, at the cached incumbent."""
         # Trial points that share a tile then mostly start at the same place, the long ones first.
-        order = index.argsort() if len(index) >= _SORTED else None
+        order = index.int().argsort() if len(index) >= _SORTED else None  # half the bits to sort
         if order is not None:
             index, delta = index[order], delta[order]
         partial = torch.empty(len(index), rows.parts, dtype=torch.float32, device=self.device)
@@ -388,7 +229,37 @@ class TransformerPlan:
         most = self.most(rows)
         for start in range(0, len(index), most):
             block = slice(start, start + most)
-            self._launch(index[block], delta[block], out[block], params, cache, rows)
+            where = self._own_scratch(len(index[block]), rows), cache, params, rows
+            self.describe(where[0], params, index[block], delta[block])
+            self.evaluate(*where, out[block])
+            self.evaluate_again(*where, out[block])
+
+    def describe(self, scratch, params: Tensor, index: Tensor, delta: Tensor) -> None:
+        """Note down the trial points that are evaluated next, at most ``most``."""
+        K = len(index)
+        constants = configs.describe_constants(self.sizes, self.config)
+        with torch.cuda.device_of(params):
+            points.describe[(-(-K // constants["BLOCK"]),)](
+                index,
+                delta,
+                self.table,
+                params,
+                scratch.points,
+                scratch.delta,
+                K,
+                self.n_params,
+                self.sizes.n_layers,
+                **constants,
+            )
+
+    def evaluate(self, scratch, cache: Cache, params: Tensor, rows: Rows, out: Tensor) -> None:
+        """``differences`` of the described trial points."""
+        self._run(scratch, len(out), out, params, cache, rows, self.mode)
+
+    def evaluate_again(self, scratch, cache: Cache, params: Tensor, rows: Rows, out) -> None:
+        """The same by ``FALLBACK`` of those whose results are not finite."""
+        if self.repairs:
+            self._run(scratch, len(out), out, params, cache, rows, configs.FALLBACK, repair=True)
 
     def most(self, rows: Rows) -> int:
         """Trial points of one launch: what its kernels hand on should stay in the L2."""
@@ -399,38 +270,17 @@ class TransformerPlan:
                 most = min(most, _STAGED_BYTES // (4 * cut.rows * DP * tiles))
         return max(1, most)
 
-    def _launch(
-        self, index, delta, out, params, tensors, rows, first: Tensor | None = None
+    def _run(
+        self, scratch, K, out, params, tensors, rows, mode, *, first=None, repair=False
     ) -> None:
-        """All kernels of one launch: for trial points, or to fill the cache from ``first`` on."""
-        cache = first is not None
-        K = 1 if cache else len(index)
-        scratch = self._scratch(K, rows, cache)
-        if not cache:
-            constants = describe_constants(self.sizes, self.config)
-            with torch.cuda.device_of(params):
-                points.describe[(-(-K // constants["BLOCK"]),)](
-                    index,
-                    delta,
-                    self.table,
-                    params,
-                    scratch.points,
-                    scratch.delta,
-                    K,
-                    self.n_params,
-                    self.sizes.n_layers,
-                    **constants,
-                )
-        self._run(K, scratch, out, params, tensors, rows, self.mode, first, False)
-        if self.mode == "fp16x3":
-            self._run(K, scratch, out, params, tensors, rows, FALLBACK, first, True)
+        """Both halves of the model for K trial points; with ``first`` for the cache.
 
-    def _run(self, K, scratch, out, params, tensors, rows, mode, first, repair) -> None:
-        """Both halves of the model; repair: where ``out`` is not finite."""
+        repair: only where ``out`` is not finite
+        """
         R, C, L = rows.about.shape[1], rows.packed.shape[1], self.sizes.n_layers
         kinds = {"cache": first is not None, "repair": repair}
-        for_blocks = blocks_constants(self.sizes, self.config, mode, **kinds)
-        for_tail = tail_constants(self.sizes, self.config, mode, rows.each, **kinds)
+        for_blocks = configs.blocks_constants(self.sizes, self.config, mode, **kinds)
+        for_tail = configs.tail_constants(self.sizes, self.config, mode, rows.each, **kinds)
         in_program = for_tail["TILES"] * (for_tail["M"] // rows.each)
         staged = scratch.staged.view(torch.float16) if mode == "fp16x3" else scratch.staged
         first = self._all if first is None else first
@@ -458,7 +308,7 @@ class TransformerPlan:
                 self.score_scale,
                 rows.inv_keep,
                 **for_blocks,
-                **_options(self.config.blocks),
+                **configs.options(self.config.blocks),
             )
             tail.run_tail[(-(-K // in_program), rows.parts)](
                 *given,
@@ -475,26 +325,37 @@ class TransformerPlan:
                 self.eps,
                 rows.inv_keep,
                 **for_tail,
-                **_options(self.config.tail),
+                **configs.options(self.config.tail),
             )
 
-    def _scratch(self, K: int, rows: Rows, cache: bool) -> Scratch:
+    def _own_scratch(self, K: int, rows: Rows, cache: bool = False) -> Scratch:
+        """One for all launches but those of a captured graph, grown where it is too small."""
+        need = self._scratch_sizes(K, rows, cache)
+        have = [len(part) for part in self._scratch] if self._scratch else [0] * len(need)
+        if any(n > h for n, h in zip(need, have, strict=True)):
+            self._scratch = self._scratch_of(map(max, need, have))
+        return self._scratch
+
+    def new_scratch(self, K: int, rows: Rows) -> Scratch:
+        """For launches of K trial points at most."""
+        return self._scratch_of(self._scratch_sizes(K, rows))
+
+    def _scratch_sizes(self, K: int, rows: Rows, cache: bool = False) -> list[int]:
         DP, C = self.sizes.padded_model, rows.packed.shape[1]
         tiles = zip(self.config, (K * rows.groups, K * rows.parts), strict=True)
         staged = [programs * cut.rows * DP for cut, programs in tiles if cut.staged]
         points_and_rows = (0, 0, 0, 0) if cache else (points.FIELDS * K, K, K * C * DP, K * C)
-        need = [max(1, n) for n in (*points_and_rows, max(staged, default=0))]
-        have = [len(part) for part in self.scratch] if self.scratch else [0] * len(need)
-        if any(n > h for n, h in zip(need, have, strict=True)):
-            f32 = torch.float32
-            kinds = (torch.int32, f32, f32, torch.int8, f32)
-            self.scratch = Scratch(
-                *(
-                    torch.empty(max(n, h), dtype=kind, device=self.device)
-                    for n, h, kind in zip(need, have, kinds, strict=True)
-                )
+        return [max(1, n) for n in (*points_and_rows, max(staged, default=0))]
+
+    def _scratch_of(self, sizes: Iterable[int]) -> Scratch:
+        f32 = torch.float32
+        kinds = (torch.int32, f32, f32, torch.int8, f32)
+        return Scratch(
+            *(
+                torch.empty(size, dtype=kind, device=self.device)
+                for size, kind in zip(sizes, kinds, strict=True)
             )
-        return self.scratch
+        )
 
     def _reduce(self, cache: Cache, partial: Tensor, rows: Rows) -> Tensor:
         K = len(partial)
@@ -504,16 +365,3 @@ class TransformerPlan:
                 cache.summed, partial, loss, rows.count, K, rows.parts, BLOCK=128
             )
         return loss
-
-
-def _options(cut: Cut) -> dict:
-    return {"num_warps": cut.warps, "num_stages": cut.stages, "enable_fp_fusion": True}
-
-
-def _power_of_two(n: int, least: int = 16) -> int:
-    """The smallest power of two that is at least n; 16 is the least that tl.dot takes."""
-    return max(least, 1 << max(0, n - 1).bit_length())
-
-
-def _round_up(n: int, to: int) -> int:
-    return -(-n // to) * to

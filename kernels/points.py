@@ -27,7 +27,7 @@ NORM_BIAS = tl.constexpr(15)
 HEAD_WEIGHT = tl.constexpr(16)
 HEAD_BIAS = tl.constexpr(17)
 
-FIELDS = 6  # of what `describe` says of a trial point, beside its delta
+FIELDS = 6  # of what `tell` says of a trial point, beside its delta
 
 
 @triton.constexpr_function
@@ -60,10 +60,10 @@ def columns_at(part, DP, AP, FP):
 def describe(
     index_ptr,  # (K,) int64
     change_ptr,  # (K,) fp32
-    table_ptr,  # (5, 2 ** TABLE_BITS) int64: first index, kind, layer, slot, row length
-    params_ptr,  # (N,) fp32: the flat parameters
-    points_ptr,  # (FIELDS, K) int32: kind, layer, slot, row, column, source
-    delta_ptr,  # (K,) fp32
+    table_ptr,
+    params_ptr,
+    points_ptr,
+    delta_ptr,
     K,
     n_params,
     n_layers,
@@ -75,18 +75,48 @@ def describe(
     FP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What each trial point changes; delta: by how much in fp32.
+    """``tell`` of K trial points, BLOCK of them in a program."""
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = k < K
+    index = tl.load(index_ptr + k, mask=inside, other=0)
+    change = tl.load(change_ptr + k, mask=inside, other=0.0)
+    where = (table_ptr, params_ptr, points_ptr, delta_ptr)
+    tell(k, K, index, change, where, n_params, n_layers, TABLE_BITS, D_K, DK, DP, AP, FP)
+
+
+@triton.jit
+def tell(
+    k,
+    K,
+    index,
+    change,
+    where,
+    n_params,
+    n_layers,
+    TABLE_BITS: tl.constexpr,
+    D_K: tl.constexpr,
+    DK: tl.constexpr,
+    DP: tl.constexpr,
+    AP: tl.constexpr,
+    FP: tl.constexpr,
+):
+    """Write down for the other kernels what the trial points ``k`` < K change.
+
+    where: pointers to
+        the table (5, 2 ** TABLE_BITS) int64: first index, kind, layer, slot, row length
+        the flat parameters (N,) fp32
+        the trial points (FIELDS, K) int32: kind, layer, slot, row, column, source
+        by how much they change in fp32, (K,)
 
     An index without a parameter becomes a change of the head's bias by NaN, which reaches all.
     source: which of the cached columns a weight's change multiplies, -1 for what is no weight
     """
+    table_ptr, params_ptr, points_ptr, delta_ptr = where
     SIZE: tl.constexpr = 1 << TABLE_BITS
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = k < K
-    index = tl.load(index_ptr + k, mask=inside, other=0)
     valid = (index >= 0) & (index < n_params)
     index = tl.where(valid, index, 0)
-    tensor = tl.zeros((BLOCK,), tl.int32)
+    tensor = tl.zeros_like(k).to(tl.int32)
     for i in tl.static_range(TABLE_BITS):
         later = tensor + (SIZE >> (i + 1))
         tensor = tl.where(tl.load(table_ptr + later) <= index, later, tensor)
@@ -105,7 +135,6 @@ def describe(
     multiplies = multiplies | (kind == FF2_WEIGHT) | (kind == HEAD_WEIGHT)
     source = tl.where(multiplies, layer * columns_at("end", DP, AP, FP) + source, -1)
     old = tl.load(params_ptr + index)
-    change = tl.load(change_ptr + k, mask=inside, other=0.0)
     delta = tl.where(valid, (old + change) - old, float("nan"))
     tl.store(points_ptr + k, kind, mask=inside)
     tl.store(points_ptr + K + k, layer, mask=inside)

@@ -34,6 +34,7 @@ from psfast.kernels.points import (
 from psfast.kernels.tiles import (
     feed_forward,
     inverse,
+    is_finite,
     linear_of_norm,
     normalise,
     own_rows,
@@ -82,7 +83,7 @@ def _patched_norm(x, at, patched, kind, WEIGHT, row, delta, w_ptr, eps, D, DP):
 
 @triton.jit(do_not_specialize=["out_ptr", "K", "n_layers"])
 def run_tail(
-    points_ptr,  # what `describe` says: (FIELDS, K) int32
+    points_ptr,  # what `tell` says: (FIELDS, K) int32
     delta_ptr,  # and (K,) fp32
     out_ptr,  # CACHE: (parts,) float64 summed loss; else (K, parts) fp32 differences
     behind_ptr,  # (K, C, DP) fp32: the packed rows behind the last attention
@@ -152,7 +153,13 @@ def run_tail(
     last = n_layers - 1
     tail = n_layers * LAYER
 
-    for tile in range(TILES):
+    count = TILES
+    if REPAIR:
+        # Mostly none is to be repaired: that takes one look at all of them.
+        every = tl.program_id(0) * (TILES * POINTS) + tl.arange(0, TILES * POINTS)
+        result = tl.load(out_ptr + every.to(tl.int64) * parts + part, mask=every < K, other=0.0)
+        count = tl.where(tl.sum((is_finite(result) == 0).to(tl.int32), 0) > 0, TILES, 0)
+    for tile in range(count):
         first = ((tl.program_id(0) * TILES + tile) * POINTS).to(tl.int64)
         # Of each row, and of each trial point.
         k = first + tl.arange(0, M) // EACH
@@ -161,11 +168,10 @@ def run_tail(
         todo = is_row & (k < K)
         todo_out = k_out < K
         if REPAIR:
-            # Infinite or NaN: a finite number minus itself is zero.
             value = tl.load(out_ptr + k * parts + part, mask=todo, other=0.0)
-            todo = todo & (value - value != 0)
+            todo = todo & (is_finite(value) == 0)
             value = tl.load(out_at, mask=todo_out, other=0.0)
-            todo_out = todo_out & (value - value != 0)
+            todo_out = todo_out & (is_finite(value) == 0)
 
         # 1. Which rows change, and those that do so only here: u (M,) times a direction.
         if CACHE:

@@ -16,6 +16,12 @@ def inverse(SCALE, MODE):
 
 
 @triton.jit
+def is_finite(value):
+    """A finite number minus itself is zero, an infinite one or NaN is not."""
+    return value - value == 0
+
+
+@triton.jit
 def split(a, MODE: tl.constexpr):
     """``a`` as fp16 (hi, lo), a = hi + lo to 22 bits; the other modes take ``a`` as it is.
 

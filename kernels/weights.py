@@ -11,7 +11,7 @@ from torch import Tensor, nn
 _END = 2**63 - 1
 
 
-@triton.jit(do_not_specialize=["n_layers"])
+@triton.jit
 def pack(
     params_ptr,  # (N,) fp32
     map_ptr,  # (P,) int32: index into params, -1 for padding
@@ -19,13 +19,10 @@ def pack(
     hi_ptr,  # (P,) fp16
     lo_ptr,  # (P,) fp16
     P,
-    first_ptr,  # (1,) int32: the first block to compute; above n_layers the weights are as before
-    n_layers,
     SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The weights in the kernel's layout, and times SCALE in fp16 as hi + lo."""
-    P = tl.where(tl.load(first_ptr) <= n_layers, P, 0)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < P
     source = tl.load(map_ptr + at, mask=inside, other=-1)
@@ -85,6 +82,14 @@ def pack_order(model: nn.Module, ids: dict, layout: dict, VP: int) -> Tensor:
     parts += [vector(norm.weight, DP), vector(norm.bias, DP)]
     parts += [matrix(head.weight, DP, VP), vector(head.bias, VP)]
     return torch.cat([part.flatten() for part in parts])
+
+
+def places(order: Tensor, size: int) -> Tensor:
+    """Where each of ``size`` parameters lies in ``pack_order``, (size,) int32; -1: nowhere."""
+    found = torch.full((size,), -1, dtype=torch.int32)
+    at = (order >= 0).nonzero()[:, 0]
+    found[order[at]] = at.int()
+    return found
 
 
 def tensor_table(model: nn.Module, trainable: list[nn.Parameter], size: int) -> Tensor:

@@ -15,7 +15,8 @@ from psfast.flat import FlatParameters
 from psfast.search import Decision, PollState
 from psfast.search_simplex import SimplexGradient, Window
 
-_CHUNK = 4096
+_CHUNK = 1 << 12  # trial points drawn at a time, at least
+_DEVICE_CHUNK = 1 << 18  # where some sixty launches cost the same for few and for many
 
 
 class CompletePoll:
@@ -39,7 +40,7 @@ class CompletePoll:
         """index and sign (count,), the latter in the parameters' dtype, of the next trial points.
 
         They are cut from a longer piece of the permutation that serves several blocks: many
-        small ones cost less so, and on a GPU drawing a piece waits for the device.
+        small ones cost less so, and on a GPU, where drawing waits for the device, all of a poll.
         """
         start, total, buffer = poll.position, 2 * self.flat.size, self.flat.buffer
         key = (poll.order, total, buffer.device)
@@ -47,7 +48,8 @@ class CompletePoll:
             self._drawn = (key, 0, 0, None, None)
         _, low, high, index, sign = self._drawn
         if not low <= start <= start + count <= high:
-            low, high = start, min(total, start + max(4 * count, _CHUNK))
+            least = _CHUNK if buffer.device.type == "cpu" else _DEVICE_CHUNK
+            low, high = start, min(total, start + max(4 * count, least))
             order = search.poll_order(self.seed, poll.order, low, high - low, total, buffer.device)
             index, sign = search.coordinates(order)
             sign = sign.to(buffer.dtype)

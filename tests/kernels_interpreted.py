@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from descents import serial_descent
-from psfast.kernels import plan
+from psfast.kernels import configs, plan
 
 import psfast
 from psfast.objectives import fused_cuda
@@ -135,7 +135,7 @@ def test_a_wide_model_goes_through_memory():
     check(objective, index[::3], delta[::3])
 
 
-@pytest.mark.parametrize("mode", [mode for mode in plan.MODES if mode != "fp16x3"])
+@pytest.mark.parametrize("mode", [mode for mode in configs.MODES if mode != "fp16x3"])
 def test_the_other_modes(mode):
     # The interpreter computes all of them in float32, so this checks their code, not their error.
     objective = FusedCudaObjective(*problem(**SIZES["three tiles"]), precision=mode)
@@ -259,6 +259,32 @@ def test_a_descent_is_the_serial_loop(sizes, frozen, margin, most):
     assert (found.losses.tolist(), found.places, found.incumbents) == expected
 
 
+def test_a_descent_beyond_fp16s_range_is_the_serial_loop():
+    """Trial points that leave it and fail, some that take the incumbent along, a way back."""
+    twins = []
+    for _ in range(2):
+        model, *rest = problem(**TWO_BLOCKS)
+        for block in model.blocks:
+            block.ff[2].weight.data[:, :2] = 1e-9  # how much these hidden units matter
+        twins.append(FusedCudaObjective(model, *rest, seed=2))
+    loop, serial = twins
+    offset = dict(zip(loop.params, loop.flat.offsets, strict=False))
+    index, delta = (values[:20] for values in points(loop, 1))
+    unit, other = (offset[block.ff[0].bias] for block in loop.model.blocks)
+    fails = offset[loop.model.blocks[1].ln2.bias]
+    far = {3: (fails, -1e7), 6: (unit, 1e5), 9: (fails, -1e7), 11: (unit, -9e4)}
+    far |= {13: (other, 1e5), 15: (other, -9e4), len(index) - 1: (unit + 1, 1e5)}
+    for place, (at, change) in far.items():
+        index[place], delta[place] = at, change
+    expected = serial_descent(serial, index, delta, -1e-4, 99)  # a little worse is good enough
+    found = loop.descend(index, delta, incumbent=loop().item(), margin=-1e-4, most=99, gap=2.0)
+    assert set(far) - set(expected[1]) == {3, 9}
+    assert found.losses.tolist() == expected[0]
+    assert (found.places, found.incumbents) == expected[1:]
+    assert torch.equal(loop.flat.buffer, serial.flat.buffer)
+    assert loop().item() == serial().item() == found.incumbents[-1]
+
+
 def test_another_batch_another_mask_and_no_dropout():
     model, criterion, inputs, targets = problem(**SIZES["three tiles"])
     state = torch.get_rng_state()
@@ -363,10 +389,9 @@ def test_kernels_that_are_wrong_out_of_fp16s_range_alone_are_found(monkeypatch, 
     monkeypatch.setattr(fused_cuda, "_checked", set())
     run = objective._plan._run
 
-    def without_repair(*arguments):
-        *others, first, repair = arguments
+    def without_repair(*arguments, first=None, repair=False):
         if not (repair and (first is not None) == (method == "refresh")):
-            run(*others, first, repair)
+            run(*arguments, first=first, repair=repair)
 
     monkeypatch.setattr(objective._plan, "_run", without_repair)
     ends = "blocks.0.ln2.bias, blocks.1.ln2.bias"

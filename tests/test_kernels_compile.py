@@ -47,17 +47,17 @@ def test_what_counts_as_a_fault():
 
 @pytest.mark.parametrize("n_heads, vocabulary", [(4, 102), (1, 3), (16, 300)])
 def test_every_configuration_serves_its_shape(n_heads, vocabulary):
-    plan = ahead_of_time.plan
-    for capability, width, positions in plan.BLOCKS:
+    configs = ahead_of_time.configs
+    for capability, width, positions in configs.BLOCKS:
         sizes = ahead_of_time.transformer_sizes(width, positions)
         sizes = sizes._replace(n_heads=n_heads, vocab_size=vocabulary)
-        config = plan.choose_config(sizes, capability, "fp16x3")
+        config = configs.choose_config(sizes, capability, "fp16x3")
         kind = {"mode": "fp16x3", "cache": False, "repair": False}
-        blocks = plan.blocks_constants(sizes, config, **kind)
-        tail = plan.tail_constants(sizes, config, each=4, **kind)
+        blocks = configs.blocks_constants(sizes, config, **kind)
+        tail = configs.tail_constants(sizes, config, each=4, **kind)
         assert blocks["M"] % positions == 0
         assert blocks["AP"] % (blocks["HC"] * blocks["DK"]) == 0
         assert tail["M"] % tail["EACH"] == 0 and tail["VP"] % tail["VC"] == 0
         for c in (blocks, tail):
             assert c["FP"] % c["FC"] == 0 and c["DP"] % c["KC"] == 0
-    assert plan.choose_config(ahead_of_time.transformer_sizes(64, 128), 9, "fp16x3") is None
+    assert configs.choose_config(ahead_of_time.transformer_sizes(64, 128), 9, "fp16x3") is None

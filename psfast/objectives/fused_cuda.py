@@ -60,14 +60,15 @@ class FusedCudaObjective(FusedModelObjective):
         try:
             from triton.errors import TritonError
 
-            from psfast.kernels import descent, plan
+            from psfast.kernels import configs, descent, plan
         except ImportError as error:
             raise ValueError(f"the fused backend on a GPU needs triton: {error}") from error
-        if precision not in plan.MODES:
-            raise ValueError(f"precision must be one of {plan.MODES}, got {precision!r}")
+        if precision not in configs.MODES:
+            raise ValueError(f"precision must be one of {configs.MODES}, got {precision!r}")
         self.model, self.criterion = model, criterion
         self.precision, self.seed = precision, seed
-        self._kernels, self._descents, self._errors = plan, descent, TritonError
+        self._configs, self._kernels, self._descents = configs, plan, descent
+        self._errors = TritonError
         self.inputs, self.targets = inputs, targets
         self._watch = Watch(model, self.params)
         self._plan = self._rows = self._cache = self._trial_cache = self._values = None
@@ -145,19 +146,19 @@ class FusedCudaObjective(FusedModelObjective):
         self._fixed = [p for p in self.model.parameters() if p not in searched]
         block = self.model.blocks[0]
         dropout = block.ff[3].p if block.ff[3].training else 0.0
-        sizes = self._kernels.Sizes(
+        sizes = self._configs.Sizes(
             d_model=self.model.token_embedding.embedding_dim,
             n_heads=block.attention.n_heads,
             d_ff=block.ff[0].out_features,
             vocab_size=self.model.vocab_size,
             n_layers=len(self.model.blocks),
-            positions=self._kernels.padded_positions(inputs.shape[1]),
+            positions=self._configs.padded_positions(inputs.shape[1]),
             dropout=dropout > 0,
         )
         new = self._plan is None or (self._plan.sizes, self._plan.device) != (sizes, inputs.device)
         if new:
             capability = _capability(inputs.device)
-            config = self._kernels.choose_config(sizes, capability, self.precision)
+            config = self._configs.choose_config(sizes, capability, self.precision)
             if config is None:
                 raise ValueError(
                     f"no kernel configuration for d_model = {sizes.d_model} and T = "
