@@ -1,4 +1,5 @@
-"""``batched`` on models that have no kernel of their own: a complete poll beside the serial loop.
+"""Models that have no kernel of their own: a complete poll, and the start of training, where
+about half of the trial points are lower, beside the serial loop.
 
 Each case checks its losses against the float64 serial ones before it is timed.
 """
@@ -7,7 +8,16 @@ from functools import partial
 
 import pytest
 import torch
-from harness import ForcedOutcomes, agreement, poll_block, run_points, serial_loop
+from harness import (
+    ForcedOutcomes,
+    agreement,
+    poll_block,
+    run_points,
+    search_from_start,
+    serial_loop,
+    serial_search_from_start,
+    values_of,
+)
 from torch import nn
 
 import psfast
@@ -15,6 +25,7 @@ from psfast.flat import FlatParameters
 
 TOLERANCE = 2e-5
 POINTS = {"serial loop": 400, "batched": 65_536}
+START = 1_500  # trial points
 
 
 class LastState(nn.Module):
@@ -73,30 +84,59 @@ def build(name, dtype=torch.float32):
     return model.to(dtype), nn.CrossEntropyLoss(), inputs.to(dtype), targets
 
 
-def points_of(backend, request):
-    return 64 if request.config.getoption("benchmark_disable") else POINTS[backend]
+def label(regime, name):
+    return f"{regime}: {name}, B = {CASES[name][1]}, cpu"
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_batched(measure, request, name):
-    objective = psfast.objective(*build(name), backend="batched")
+@pytest.fixture
+def quick(request):
+    return request.config.getoption("benchmark_disable")
+
+
+def right_objective(name, backend):
+    """The objective, after its losses are found right."""
+    objective = psfast.objective(*build(name), backend=backend)
     exact = psfast.objective(*build(name, torch.float64), backend="serial")
     error = agreement(objective, exact)
-    assert error < TOLERANCE, f"batched is off by {error}: no timing of wrong losses"
-    outcomes = ForcedOutcomes(objective, 0.0)
-    points = points_of("batched", request)
-    optimizer = psfast.PatternSearch(objective.params, radius=1e-3)
-    case = f"complete poll: {name}, B = {CASES[name][1]}, cpu"
-    run = partial(run_points, optimizer, outcomes, points)
-    measure("models", case, "batched", run, points)
+    assert error < TOLERANCE, f"{backend} is off by {error}: no timing of wrong losses"
+    return objective
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_serial_loop(measure, request, name):
+def test_batched(measure, quick, name):
+    objective = right_objective(name, "batched")
+    outcomes = ForcedOutcomes(objective, 0.0)
+    points = 64 if quick else POINTS["batched"]
+    optimizer = psfast.PatternSearch(objective.params, radius=1e-3)
+    run = partial(run_points, optimizer, outcomes, points)
+    measure("models", label("complete poll", name), "batched", run, points)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_serial_loop(measure, quick, name):
     model, criterion, inputs, targets = build(name)
     flat = FlatParameters(list(model.parameters()))
-    points = points_of("serial loop", request)
+    points = 64 if quick else POINTS["serial loop"]
     block = poll_block(flat, 0, points, radius=1e-3)
     run = partial(serial_loop, lambda: criterion(model(inputs), targets), flat, *block)
-    case = f"complete poll: {name}, B = {CASES[name][1]}, cpu"
-    measure("models", case, "serial loop", run, points)
+    measure("models", label("complete poll", name), "serial loop", run, points)
+
+
+@pytest.mark.parametrize("backend", ["serial", "batched"])
+@pytest.mark.parametrize("name", CASES)
+def test_start(measure, quick, name, backend):
+    objective = right_objective(name, backend)
+    points = 64 if quick else START
+    run = partial(search_from_start, objective, values_of(objective.params), points)
+    measure("models", label("start of training", name), backend, run, points)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_start_serial_loop(measure, quick, name):
+    model, criterion, inputs, targets = build(name)
+    flat = FlatParameters(list(model.parameters()))
+    points = 64 if quick else START
+    block = poll_block(flat, 0, points)
+    closure = lambda: criterion(model(inputs), targets)  # noqa: E731
+    run = partial(serial_search_from_start, closure, flat, values_of(flat.params), block)
+    measure("models", label("start of training", name), "serial loop", run, points)

@@ -3,7 +3,6 @@
 Each case checks its losses against the float64 serial ones before it is timed.
 """
 
-import time
 from functools import partial
 
 import pytest
@@ -15,10 +14,10 @@ from harness import (
     forced,
     poll_block,
     run_points,
+    search_from_start,
     serial_accepts,
     serial_loop,
-    serial_search,
-    set_values,
+    serial_search_from_start,
     state_tracking,
     values_of,
 )
@@ -90,33 +89,6 @@ def points_of(backend, size, batch, regime, quick):
         "start of training": 4_000 if (size, batch) == ("small", 4) else 500,
     }
     return min(points, most[regime])
-
-
-def search_from_start(objective, values, points) -> float:
-    """Seconds of a real search's first trial points."""
-    set_values(objective.params, values)
-    optimizer = psfast.PatternSearch(objective.params, radius=0.1, max_accepts=100)
-    objective()
-    started, accepted = time.perf_counter(), 0
-    while optimizer.evaluations < points:
-        optimizer.max_evaluations = points - optimizer.evaluations
-        optimizer.step(objective)
-        accepted += len(optimizer.last_poll.accepted)
-    seconds = time.perf_counter() - started
-    assert 0.3 < accepted / points < 0.6
-    return seconds
-
-
-def serial_search_from_start(closure, flat, values, block) -> float:
-    """The same trial points in the clean serial loop."""
-    set_values(flat.params, values)
-    started = time.perf_counter()
-    with torch.no_grad():
-        bar = closure().item()
-    accepted = serial_search(closure, flat, *block, bar)
-    seconds = time.perf_counter() - started
-    assert 0.3 < accepted / len(block[0]) < 0.6
-    return seconds
 
 
 @pytest.fixture

@@ -81,6 +81,33 @@ def serial_search(closure, flat, index: Tensor, delta: Tensor, bar: float) -> in
     return accepted
 
 
+def search_from_start(objective, values, points) -> float:
+    """Seconds of a real search's first trial points."""
+    set_values(objective.params, values)
+    optimizer = psfast.PatternSearch(objective.params, radius=0.1, max_accepts=100)
+    objective()
+    started, accepted = time.perf_counter(), 0
+    while optimizer.evaluations < points:
+        optimizer.max_evaluations = points - optimizer.evaluations
+        optimizer.step(objective)
+        accepted += len(optimizer.last_poll.accepted)
+    seconds = time.perf_counter() - started
+    assert 0.3 < accepted / points < 0.6
+    return seconds
+
+
+def serial_search_from_start(closure, flat, values, block) -> float:
+    """The same trial points in the clean serial loop."""
+    set_values(flat.params, values)
+    started = time.perf_counter()
+    with torch.no_grad():
+        bar = closure().item()
+    accepted = serial_search(closure, flat, *block, bar)
+    seconds = time.perf_counter() - started
+    assert 0.3 < accepted / len(block[0]) < 0.6
+    return seconds
+
+
 def values_of(params) -> list[Tensor]:
     return [p.detach().clone() for p in params]
 

@@ -50,6 +50,29 @@ def test_2_an_exception_leaves_the_incumbent_and_is_raised_on(at):
     assert optimizer.last_poll.loss_after == loss().item() < start
 
 
+@pytest.mark.parametrize("at", [2, 9, 30])
+def test_2_an_exception_amid_many_accepts_leaves_the_best_of_them(at):
+    net, loss = regression()
+    best, calls = (math.inf, None), 0
+
+    def failing():
+        nonlocal best, calls
+        calls += 1
+        if calls == at:
+            raise ZeroDivisionError("user code")
+        value = loss()
+        if value < best[0]:
+            best = value.item(), values(net)
+        return value
+
+    optimizer = PatternSearch(net.parameters(), max_accepts=1000)
+    with pytest.raises(ZeroDivisionError, match="user code"):
+        optimizer.step(failing)
+    assert equal(net.parameters(), best[1])
+    optimizer.step(loss)
+    assert optimizer.last_poll.loss_before == best[0] > optimizer.last_poll.loss_after
+
+
 def test_2_a_keyboard_interrupt_too():
     net, _ = regression()
     before, calls = values(net), 0

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -436,7 +437,9 @@ def test_a_step_that_was_cut_after_an_accept_is_validated(monkeypatch):
     monkeypatch.setattr("psfast.optimizer._PROGRESS_SECONDS", 0.0)
     model, batches = regression()
     search = psfast.PatternSearch(model.parameters(), radius=1e-3, max_accepts=10**6)
-    options = {"max_seconds": 0.05, "val_loader": batches, "progress": False}
+    clock = SimpleNamespace(perf_counter=lambda: float(search.evaluations > 20))
+    monkeypatch.setattr(loop, "time", clock)
+    options = {"max_seconds": 0.5, "val_loader": batches, "progress": False}
     history = fit(model, nn.MSELoss(), batches, search, **options)
     assert history.stopped == "max_seconds" and not history.polls and search.evaluations
     (first, before), (last, after) = history.validation

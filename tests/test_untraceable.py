@@ -224,3 +224,14 @@ def test_what_the_forward_pass_writes_to_parameters_is_taken_back(backend):
     assert f().item() == pytest.approx(arguments[1](model(arguments[2]), arguments[3]).item())
     with pytest.raises(ValueError, match=r"writes to the parameter 'model\.0\.weight'"):
         psfast.objective(*arguments, backend="vmap")
+    start, runs = f.flat.buffer.clone(), []
+    for many in (1, 30):
+        f.flat.buffer.copy_(start)
+        f.flat.mark_changed()
+        optimizer = psfast.PatternSearch(f.params, max_accepts=many)
+        accepted = []
+        while len(accepted) < 30:
+            optimizer.step(f)
+            accepted += optimizer.last_poll.accepted
+        runs.append((accepted, f.flat.buffer.tolist()))
+    assert runs[0] == runs[1]

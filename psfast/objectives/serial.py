@@ -1,6 +1,7 @@
 """One trial point after another: change a coordinate in place, evaluate, restore its value."""
 
 import ctypes
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from psfast import random_state
 from psfast.flat import FlatParameters, trainable
-from psfast.objectives.base import CompositeLoss, Objective, check_block, check_point
+from psfast.objectives.base import CompositeLoss, Descent, Objective, check_block, check_point
 from psfast.objectives.surroundings import full_float32, uncached_autocast
 from psfast.objectives.watch import Watch
+from psfast.search import acceptance_bar
 
 _BACKWARD = (
     "the closure runs backward(), which pattern search never needs and which makes a trial point "
@@ -40,6 +42,7 @@ class SerialObjective(Objective):
     """
 
     backend = "serial"
+    descends = True
     keeps_losses = True
 
     def __init__(self, closure: Callable, params: list[nn.Parameter], *, seed: int = 0):
@@ -65,8 +68,7 @@ class SerialObjective(Objective):
         cells, values = self._cells.array, []
         with self._evaluation():
             for i, d in zip(index.tolist(), delta.to(self.flat.buffer.dtype).tolist(), strict=True):
-                if not 0 <= i < self.flat.size:
-                    raise IndexError(f"index must lie in [0, {self.flat.size}), got {i}")
+                self._check_coordinate(i)
                 saved = cells[i]
                 cells[i] = saved + d
                 try:
@@ -77,6 +79,42 @@ class SerialObjective(Objective):
                 if stop_below is not None and value < stop_below:
                     break
         return torch.tensor(values, dtype=torch.float64)
+
+    def descend(self, index, delta, *, incumbent, margin, most, gap) -> Descent:
+        """As every objective's; an accepted trial point costs no more than another."""
+        check_block(index, delta)
+        self._take_up()
+        cells, values, places, accepted = self._cells.array, [], [], []
+        bar = acceptance_bar(incumbent, margin)
+        try:
+            with self._evaluation():
+                changes = index.tolist(), delta.to(self.flat.buffer.dtype).tolist()
+                for place, (i, d) in enumerate(zip(*changes, strict=True)):
+                    self._check_coordinate(i)
+                    saved = cells[i]
+                    cells[i] = new = saved + d
+                    try:
+                        value = self._evaluate()
+                    finally:
+                        cells[i] = saved
+                    values.append(value)
+                    if -math.inf < value < bar:
+                        cells[i] = new
+                        self._incumbent[i] = cells[i]
+                        places.append(place)
+                        accepted.append(value)
+                        bar = acceptance_bar(value, margin)
+                        if len(places) == most:
+                            break
+        finally:
+            if places:
+                self.flat.note_write()
+        losses = torch.tensor(values, dtype=torch.float64)
+        return Descent(losses, places, accepted, len(values))
+
+    def _check_coordinate(self, i: int) -> None:
+        if not 0 <= i < self.flat.size:
+            raise IndexError(f"index must lie in [0, {self.flat.size}), got {i}")
 
     def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
         check_point(index, delta, self.flat.size)

@@ -21,7 +21,8 @@ _COLUMNS = (1, 2, 16)  # a single one would be a matrix times a vector, which is
 _TERMS = (1, 16)  # then every row begins at a multiple of 64 bytes
 _ROWS_PROBED = 512  # of a product that smaller ones are compared with
 _MULTIPLES_PROBED = (*range(1, 17), 23, 31, 61, 125)  # as many as there is room for
-_COMPARED = 4096  # elements of the products of each size
+_COMPARED = 4096  # elements of the products of each size, of at most so many products
+_MOST_SAMPLES = 64
 _MOST_CLASSES = 15  # with more, torch's log_softmax works in vectors
 _ROWS_AT_A_TIME = 64  # a multiple of what log_softmax takes at a time, on every thread
 
@@ -111,7 +112,7 @@ def _is_steady(product: Callable[[Tensor], Tensor], x: Tensor, multiple: int) ->
     for rows in (multiple * count for count in _MULTIPLES_PROBED):
         if rows >= len(x):
             break
-        samples = -(-_COMPARED // expected[:rows].numel())
+        samples = min(_MOST_SAMPLES, -(-_COMPARED // expected[:rows].numel()))
         step = (len(x) - rows) // samples | 1  # odd, so that all places in a multiple come up
         for i in range(1, len(x) - rows + 1, step):
             part, same = x[i : i + rows], expected[i : i + rows]
