@@ -17,7 +17,7 @@ train: $(VENV)/.train ## the main job, parity without gradients; ARGS="key=value
 test test-sanitize: export OMP_WAIT_POLICY ?= passive
 
 test: $(VENV)/.test ## the whole suite; ARGS="..." for pytest
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(ARGS)
 
 bench: $(VENV)/.test ## psfast against the reference and a clean serial loop
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
