@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from gpu_gate import eager_losses, gate, gate_descent, passed
+from gpu_profile import profile
 from gpu_run import DEVICE, DRY, Case, Run, build, problem, synchronize  # first: it sets Triton
 from harness import (
     RESULTS,
@@ -207,6 +208,24 @@ def start_of_training(run: Run, objective, size: str, batch: int, backend: str) 
     )
 
 
+def where_the_time_goes(run: Run, objective, size: str, batch: int, backend: str) -> None:
+    """Profiles of what was measured: the complete poll and, where it descends, three steps."""
+    key = (size, batch, backend, "complete poll")
+    names = ("size", "batch", "backend", "regime")
+    count = next(r["points"] for r in run.data["rows"] if tuple(map(r.get, names)) == key)
+    forced = Synchronized(objective, 0.0)
+    optimizer = psfast.PatternSearch(objective.params, radius=0.1)
+    work = functools.partial(run_points, optimizer, forced, count)
+    work()
+    profile(run, size, batch, "complete poll", work)
+    if backend in run.data["descends"]:
+        values = values_of(objective.params)
+        optimizer = psfast.PatternSearch(objective.params, max_accepts=4 if DRY else 100)
+        optimizer.step(objective)
+        profile(run, size, batch, "start", lambda: [optimizer.step(objective) for _ in range(3)])
+        set_values(objective.params, values)
+
+
 def measure(run: Run, case: Case, regimes: tuple[float, ...] = ()) -> None:
     """One backend, one size: construction, all regimes, peak memory."""
     if DEVICE == "cuda":
@@ -228,6 +247,8 @@ def measure(run: Run, case: Case, regimes: tuple[float, ...] = ()) -> None:
         run.stage(f"{case.label}: p = {p:g}", with_accepts, *about, backend, p)
     if backend in run.data["descends"] or not objective.descends:
         run.stage(f"{case.label}: start", start_of_training, *about, backend)
+    if backend == DEFAULTS[0]:
+        run.stage(f"{case.label}: profile", where_the_time_goes, *about, backend)
     if DEVICE == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
         for row in run.data["rows"]:

@@ -78,7 +78,8 @@ class Run:
 
     def __init__(self, out: Path, until: float, goes_on: bool):
         self.out, self.until = out, until
-        empty = {name: [] for name in ("jobs", "stages", "broken", "descends", "gate", "rows")}
+        names = ("jobs", "stages", "broken", "descends", "gate", "rows", "profiles")
+        empty = {name: [] for name in names}
         self.data = {"machine": describe(), "dry_run": DRY, **empty}
         if goes_on:
             self.data = json.loads((out / "gpu.json").read_text())
@@ -176,7 +177,7 @@ def synchronize() -> None:
 
 
 def table(data: dict) -> str:
-    """Rows with ratios to the baselines of this run, then the gate, then the failures."""
+    """Rows with ratios to this run's baselines, then the gate, the profiles and the failures."""
     base = {(r["size"], r["batch"], r["backend"]): r for r in data["rows"] if r["regime"] == "any"}
     batched = {
         (r["size"], r["batch"], r["regime"]): r for r in data["rows"] if r["backend"] == "batched"
@@ -212,6 +213,7 @@ def table(data: dict) -> str:
             f"{g['backend']:14} {g['largest_error']:.2e}  {g['flips']:4} of {g['points']} flips"
             + ("" if g["ok"] else f"  FAILED at {g['at']}")
         )
+    lines += _profile_lines(data["profiles"])
     failed = [s for s in data["stages"] if not s["ok"]]
     lines += ["", f"{len(failed)} of {len(data['stages'])} stages failed or were skipped"]
     lines += [f"  {s['stage']}: {s['error']}" for s in failed]
@@ -220,3 +222,18 @@ def table(data: dict) -> str:
 
 def _cell(row: dict, key: str, width: int) -> str:
     return f"{row[key]:{width}.1f}" if key in row else " " * (width - 1) + "-"
+
+
+def _profile_lines(profiles: list[dict]) -> list[str]:
+    """The profiles as text: each kernel's share of the wall-clock time."""
+    found = []
+    for p in profiles:
+        wall = p["wall_us"]
+        busy = p["busy_us"] / wall
+        head = f"{p['size']} B={p['batch']} {p['what']}: {wall / 1e3:.1f} ms, busy {busy:.0%}"
+        found += ["", f"where the time goes, {head} (profiled, so slower)"]
+        for kernel in p["kernels"]:
+            share, us = kernel["us"] / wall, kernel["us"] / kernel["count"]
+            times = f"{share:6.1%} {kernel['count']:6} x {us:9.1f} us"
+            found.append(f"  {times}  {kernel['name'][:70]}")
+    return found

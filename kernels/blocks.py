@@ -36,6 +36,7 @@ from psfast.kernels.points import (
 )
 from psfast.kernels.tiles import (
     attend,
+    by_kind,
     feed_forward,
     from_heads,
     inverse,
@@ -61,7 +62,9 @@ def _is_broken(out_ptr, k, mask, parts):
 
 
 # A new block size must not mean a new compilation.
-@triton.jit(do_not_specialize=["out_ptr", "K", "C", "parts", "n_layers"])
+@triton.jit(
+    do_not_specialize=["out_ptr", "K", "C", "parts", "n_layers"], repr=by_kind("run_blocks")
+)
 def run_blocks(
     points_ptr,  # what `tell` says: (FIELDS, K) int32
     delta_ptr,  # and (K,) fp32

@@ -32,6 +32,7 @@ from psfast.kernels.points import (
     weights_at,
 )
 from psfast.kernels.tiles import (
+    by_kind,
     feed_forward,
     inverse,
     is_finite,
@@ -81,7 +82,7 @@ def _patched_norm(x, at, patched, kind, WEIGHT, row, delta, w_ptr, eps, D, DP):
     return n
 
 
-@triton.jit(do_not_specialize=["out_ptr", "K", "n_layers"])
+@triton.jit(do_not_specialize=["out_ptr", "K", "n_layers"], repr=by_kind("run_tail"))
 def run_tail(
     points_ptr,  # what `tell` says: (FIELDS, K) int32
     delta_ptr,  # and (K,) fp32

@@ -4,6 +4,8 @@ Activations for products come as (hi, lo) and weights as pointers (fp32, hi, lo)
 precision reads its own.
 """
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from psfast.kernels.points import weights_at
@@ -13,6 +15,17 @@ from psfast.kernels.points import weights_at
 def inverse(SCALE, MODE):
     """Of the factor that a product of this precision comes with."""
     return 1.0 / SCALE if MODE == "fp16x3" else 1.0
+
+
+def by_kind(name: str) -> Callable:
+    """For a kernel's ``repr``: what fills the cache and what repairs have names of their own, by
+    which profilers tell them apart."""
+
+    def full_name(specialization) -> str:
+        flags = (flag for flag in ("CACHE", "REPAIR") if specialization.constants.get(flag))
+        return "_".join([name, *map(str.lower, flags)])
+
+    return full_name
 
 
 @triton.jit

@@ -49,6 +49,7 @@ def test_the_gpu_benchmark_runs_dry(tmp_path):
     assert all(record["ok"] for record in found["gate"])
     starts = {row["backend"] for row in found["rows"] if row["regime"] == "start"}
     assert starts == {"fused fp16x3", "fused tf32x3", "fused fp32", "batched", "graph"}
+    assert {p["what"] for p in found["profiles"] if p["kernels"]} == {"complete poll", "start"}
 
 
 LOST = """
