@@ -115,6 +115,15 @@ CASES = {
         torch.randn(2, 2, 9),
         torch.randn(2, 10),
     ),
+    "group norm, one row": lambda: (
+        nn.Sequential(
+            *(nn.Conv1d(2, 4, 3), nn.InstanceNorm1d(4, affine=True), nn.Flatten()),
+            *(nn.GroupNorm(2, 12), nn.Tanh(), nn.Linear(12, 3)),
+        ),
+        nn.CrossEntropyLoss(),
+        torch.randn(1, 2, 5),
+        classes(1),
+    ),
     "gru": lambda: (
         First(nn.GRU(3, 5, num_layers=2, dropout=0.3, batch_first=True)),
         nn.MSELoss(),

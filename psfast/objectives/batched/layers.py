@@ -156,6 +156,17 @@ def batch_norm(x: Tensor, weight, bias, mean, var, training: bool, eps: float) -
     return out if bias is None else out.add_(bias.view(shape))
 
 
+@rule(aten.native_group_norm.default)
+def _group_norm(node, K, x, weight, bias, N, C, *rest):
+    x = stack(x, K)
+    out = node.op(x.flatten(0, 1).contiguous(), None, None, K * N, C, *rest)[0].view(x.shape)
+    shape = [-1, 1, C, *[1] * (x.ndim - 3)]
+    for value, apply in ((weight, out.mul_), (bias, out.add_)):
+        if value is not None:
+            apply((value.tensor if isinstance(value, Batch) else value).reshape(shape))
+    return (out, None, None)
+
+
 for name in ("_native_batch_norm_legit_functional", "_batch_norm_with_update_functional"):
     if hasattr(aten, name):
         op = getattr(aten, name).default
