@@ -218,6 +218,11 @@ def check_block(index: Tensor, delta: Tensor) -> None:
 def check_point(index: Tensor, delta: Tensor, size: int) -> None:
     """Raise for changes that make no point. Reads the indices."""
     check_block(index, delta)
+    check_range(index, size)
+
+
+def check_range(index: Tensor, size: int) -> None:
+    """Raise IndexError unless all of ``index`` (K,) lie in [0, size)."""
     if len(index):
         found = index.tolist() if len(index) <= _FEW else [i.item() for i in index.aminmax()]
         low, high = min(found), max(found)

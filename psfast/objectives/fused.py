@@ -6,7 +6,7 @@ from torch import Tensor
 
 from psfast import ops
 from psfast.flat import same_parameters, starts_of, trainable
-from psfast.objectives.base import Descent, check_block
+from psfast.objectives.base import Descent, check_block, check_range
 from psfast.objectives.fused_model import FusedModelObjective, sizes_of, why_not_fused_model
 from psfast.objectives.watch import Watch
 from psfast.random_state import seeded
@@ -126,13 +126,7 @@ class FusedObjective(FusedModelObjective):
 
     def _for_ops(self, index: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         index = index.contiguous()
-        if len(index):
-            low, high = index.aminmax()
-            if low.item() < 0 or high.item() >= self.flat.size:
-                raise IndexError(
-                    f"index must lie in [0, {self.flat.size}), "
-                    f"got values from {low.item()} to {high.item()}"
-                )
+        check_range(index, self.flat.size)
         if self._shift is not None:
             index = index + self._shift[torch.bucketize(index, self._bounds, right=True)]
         return index, delta.to(self.flat.buffer.dtype).contiguous()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from psfast import random_state
 from psfast.flat import FlatParameters, trainable
-from psfast.objectives.base import CompositeLoss, Descent, Objective, check_block, check_point
+from psfast.objectives.base import CompositeLoss, Descent, Objective, check_point
 from psfast.objectives.surroundings import full_float32, uncached_autocast
 from psfast.objectives.watch import Watch
 from psfast.search import acceptance_bar
@@ -63,12 +63,11 @@ class SerialObjective(Objective):
             return torch.tensor(self._evaluate(), dtype=torch.float64)
 
     def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
-        check_block(index, delta)
+        check_point(index, delta, self.flat.size)
         self._take_up()
         cells, values = self._cells.array, []
         with self._evaluation():
             for i, d in zip(index.tolist(), delta.to(self.flat.buffer.dtype).tolist(), strict=True):
-                self._check_coordinate(i)
                 saved = cells[i]
                 cells[i] = saved + d
                 try:
@@ -82,7 +81,7 @@ class SerialObjective(Objective):
 
     def descend(self, index, delta, *, incumbent, margin, most, gap) -> Descent:
         """As every objective's; an accepted trial point costs no more than another."""
-        check_block(index, delta)
+        check_point(index, delta, self.flat.size)
         self._take_up()
         cells, values, places, accepted = self._cells.array, [], [], []
         bar = acceptance_bar(incumbent, margin)
@@ -90,7 +89,6 @@ class SerialObjective(Objective):
             with self._evaluation():
                 changes = index.tolist(), delta.to(self.flat.buffer.dtype).tolist()
                 for place, (i, d) in enumerate(zip(*changes, strict=True)):
-                    self._check_coordinate(i)
                     saved = cells[i]
                     cells[i] = new = saved + d
                     try:
@@ -111,10 +109,6 @@ class SerialObjective(Objective):
                 self.flat.note_write()
         losses = torch.tensor(values, dtype=torch.float64)
         return Descent(losses, places, accepted, len(values))
-
-    def _check_coordinate(self, i: int) -> None:
-        if not 0 <= i < self.flat.size:
-            raise IndexError(f"index must lie in [0, {self.flat.size}), got {i}")
 
     def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
         check_point(index, delta, self.flat.size)
