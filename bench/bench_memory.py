@@ -27,8 +27,7 @@ def allocated(run) -> tuple[float, float]:
 
 @pytest.mark.parametrize("workspace", WORKSPACES)
 @pytest.mark.parametrize("size, batch", CASES)
-def test_peak(benchmark, request, size, batch, workspace):
-    quick = request.config.getoption("benchmark_disable")
+def test_peak(benchmark, quick, size, batch, workspace):
     if quick and (size, batch, workspace) != ("medium", 4, 64):
         pytest.skip("one case is enough without timing")
     objective = psfast.objective(

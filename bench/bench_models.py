@@ -88,11 +88,6 @@ def label(regime, name):
     return f"{regime}: {name}, B = {CASES[name][1]}, cpu"
 
 
-@pytest.fixture
-def quick(request):
-    return request.config.getoption("benchmark_disable")
-
-
 def right_objective(name, backend):
     """The objective, after its losses are found right."""
     objective = psfast.objective(*build(name), backend=backend)

@@ -91,11 +91,6 @@ def points_of(backend, size, batch, regime, quick):
     return min(points, most[regime])
 
 
-@pytest.fixture
-def quick(request):
-    return request.config.getoption("benchmark_disable")
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size, batch", CASES)
 @pytest.mark.parametrize("regime", REGIMES)

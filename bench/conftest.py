@@ -54,7 +54,13 @@ _NO_CASE = SimpleNamespace(params={})
 
 
 @pytest.fixture
-def measure(benchmark, request):
+def quick(request):
+    """Whether nothing is timed: then a few trial points are enough."""
+    return request.config.getoption("benchmark_disable")
+
+
+@pytest.fixture
+def measure(benchmark, quick):
     """``measure(table, case, backend, run, points)`` times ``run()`` of ``points`` trial points.
 
     With one thread or all, whichever is faster: small operations, as of the serial loop, lose
@@ -68,12 +74,12 @@ def measure(benchmark, request):
         returned = []
         benchmark.extra_info.update(table=table, case=case, backend=backend, points=points)
         threads = torch.get_num_threads()
-        if not request.config.getoption("benchmark_disable"):
+        if not quick:
             torch.set_num_threads(_faster_threads(run))
         benchmark.pedantic(
             lambda: returned.append(run()), rounds=rounds, iterations=1, warmup_rounds=_WARM_UP
         )
-        if request.config.getoption("benchmark_disable"):
+        if quick:
             return
         seconds = benchmark.stats.stats.median
         if isinstance(returned[-1], float):

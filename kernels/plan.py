@@ -193,12 +193,14 @@ class TransformerPlan:
         self.fill_again(scratch, cache, params, rows)
         return self.loss(cache, rows)
 
-    def fill(self, scratch, cache: Cache, params: Tensor, rows: Rows, first: Tensor) -> None:
+    def fill(
+        self, scratch: Scratch, cache: Cache, params: Tensor, rows: Rows, first: Tensor
+    ) -> None:
         """Fill ``cache``, whose packed weights are those of ``params``, from block ``first`` (1,)
         int32 on: n_layers is what lies behind the last attention, above it nothing is to fill."""
         self._run(scratch, 1, cache.summed, params, cache, rows, self.mode, first=first)
 
-    def fill_again(self, scratch, cache: Cache, params: Tensor, rows: Rows) -> None:
+    def fill_again(self, scratch: Scratch, cache: Cache, params: Tensor, rows: Rows) -> None:
         """Fill all of ``cache`` by ``FALLBACK`` where its loss is not finite."""
         if self.repairs:
             what = scratch, 1, cache.summed, params, cache, rows, configs.FALLBACK
@@ -234,7 +236,7 @@ class TransformerPlan:
             self.evaluate(*where, out[block])
             self.evaluate_again(*where, out[block])
 
-    def describe(self, scratch, params: Tensor, index: Tensor, delta: Tensor) -> None:
+    def describe(self, scratch: Scratch, params: Tensor, index: Tensor, delta: Tensor) -> None:
         """Note down the trial points that are evaluated next, at most ``most``."""
         K = len(index)
         constants = configs.describe_constants(self.sizes, self.config)
@@ -252,11 +254,15 @@ class TransformerPlan:
                 **constants,
             )
 
-    def evaluate(self, scratch, cache: Cache, params: Tensor, rows: Rows, out: Tensor) -> None:
+    def evaluate(
+        self, scratch: Scratch, cache: Cache, params: Tensor, rows: Rows, out: Tensor
+    ) -> None:
         """``differences`` of the described trial points."""
         self._run(scratch, len(out), out, params, cache, rows, self.mode)
 
-    def evaluate_again(self, scratch, cache: Cache, params: Tensor, rows: Rows, out) -> None:
+    def evaluate_again(
+        self, scratch: Scratch, cache: Cache, params: Tensor, rows: Rows, out: Tensor
+    ) -> None:
         """The same by ``FALLBACK`` of those whose results are not finite."""
         if self.repairs:
             self._run(scratch, len(out), out, params, cache, rows, configs.FALLBACK, repair=True)

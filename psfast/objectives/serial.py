@@ -3,7 +3,7 @@
 import ctypes
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter, methodcaller
 
@@ -65,15 +65,9 @@ class SerialObjective(Objective):
     def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
         check_point(index, delta, self.flat.size)
         self._take_up()
-        cells, values = self._cells.array, []
+        values = []
         with self._evaluation():
-            for i, d in zip(index.tolist(), delta.to(self.flat.buffer.dtype).tolist(), strict=True):
-                saved = cells[i]
-                cells[i] = saved + d
-                try:
-                    value = self._evaluate()
-                finally:
-                    cells[i] = saved
+            for _, _, value in self._trials(index, delta):
                 values.append(value)
                 if stop_below is not None and value < stop_below:
                     break
@@ -83,23 +77,16 @@ class SerialObjective(Objective):
         """As every objective's; an accepted trial point costs no more than another."""
         check_point(index, delta, self.flat.size)
         self._take_up()
-        cells, values, places, accepted = self._cells.array, [], [], []
+        values, places, accepted = [], [], []
         bar = acceptance_bar(incumbent, margin)
         try:
             with self._evaluation():
-                changes = index.tolist(), delta.to(self.flat.buffer.dtype).tolist()
-                for place, (i, d) in enumerate(zip(*changes, strict=True)):
-                    saved = cells[i]
-                    cells[i] = new = saved + d
-                    try:
-                        value = self._evaluate()
-                    finally:
-                        cells[i] = saved
+                for i, new, value in self._trials(index, delta):
                     values.append(value)
                     if -math.inf < value < bar:
-                        cells[i] = new
-                        self._incumbent[i] = cells[i]
-                        places.append(place)
+                        self._cells.array[i] = new
+                        self._incumbent[i] = new
+                        places.append(len(values) - 1)
                         accepted.append(value)
                         bar = acceptance_bar(value, margin)
                         if len(places) == most:
@@ -109,6 +96,18 @@ class SerialObjective(Objective):
                 self.flat.note_write()
         losses = torch.tensor(values, dtype=torch.float64)
         return Descent(losses, places, accepted, len(values))
+
+    def _trials(self, index: Tensor, delta: Tensor) -> Iterator[tuple]:
+        """Each trial point's coordinate, its value there and its loss; the incumbent is back."""
+        cells, delta = self._cells.array, delta.to(self.flat.buffer.dtype)
+        for i, d in zip(index.tolist(), delta.tolist(), strict=True):
+            saved = cells[i]
+            cells[i] = new = saved + d
+            try:
+                loss = self._evaluate()
+            finally:
+                cells[i] = saved
+            yield i, new, loss
 
     def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
         check_point(index, delta, self.flat.size)

@@ -99,8 +99,9 @@ def _steady_multiples(*kind) -> tuple[int, int, int] | None:
     computes each row by the same bits; None if there are none."""
     x, weight, bias = _operands(*kind)
     for inner, columns, rows in itertools.product(_TERMS, _COLUMNS, _ROWS):
-        product = partial(_product_in_multiples, rows=rows, columns=columns, inner=inner)
-        if _is_steady(lambda x, product=product: product(x, weight, bias), x, rows):
+        multiples = {"rows": rows, "columns": columns, "inner": inner}
+        product = partial(_product_in_multiples, weight=weight, bias=bias, **multiples)
+        if _is_steady(product, x, rows):
             return rows, columns, inner
     return None
 
