@@ -536,8 +536,9 @@ class Tile {
 
   // Each row's loss, or its loss minus the incumbent's, as a difference and a ratio whose logarithm
   // is taken once a sequence: log(sum / sum0) over the rows is the logarithm of the product.
+  // What is not on top is added by itself: 1 + sum would round the small loss of a good model.
   void cross_entropy(int p) {
-    V top[M], sum[M] = {};
+    V top[M], sum[M] = {}, on_top[M] = {};
     for (int m = 0; m < M; ++m) top[m] = wide[m];
     for (int64_t n = 1; n < s.V; ++n)
       for (int m = 0; m < M; ++m) {
@@ -545,20 +546,27 @@ class Tile {
         top[m] = v > top[m] ? v : top[m];
       }
     for (int64_t n = 0; n < s.V; ++n)
-      for (int m = 0; m < M; ++m) sum[m] += exp_negative<R>(wide[n * M + m] - top[m]);
+      for (int m = 0; m < M; ++m) {
+        const V below = wide[n * M + m] - top[m];  // NaN, where a logit is not finite
+        const V e = exp_negative<R>(below);
+        sum[m] += below >= V{} ? V{} : e;
+        on_top[m] += below >= V{} ? splat<R>(1) : V{};
+      }
     const R* tops = reinterpret_cast<const R*>(top);
     const R* sums = reinterpret_cast<const R*>(sum);
+    const R* ones = reinterpret_cast<const R*>(on_top);
     const R* logits = reinterpret_cast<const R*>(wide);
     for (int i = 0; i < lanes; ++i) {
       const int64_t at = row(i, p);
       if (!counts(i, p) || !c.batch->supervised[at]) continue;
       const double shift = double(tops[i]) - double(logits[c.targets[at] * S + i]);
+      const double total = double(ones[i]) + double(sums[i]);
       if (absolute) {
         c.row_shift()[at] = shift;
-        c.row_sum()[at] = sums[i];
+        c.row_sum()[at] = total;
       } else {
         row_change[stream[i] * s.T + time(i, p)] = shift - c.row_shift()[at];
-        row_ratio[stream[i] * s.T + time(i, p)] = double(sums[i]) / c.row_sum()[at];
+        row_ratio[stream[i] * s.T + time(i, p)] = total / c.row_sum()[at];
       }
     }
   }

@@ -1,5 +1,6 @@
 """The fused CPU evaluator against brute force, and what always holds of its losses."""
 
+import copy
 import math
 
 import pytest
@@ -41,6 +42,17 @@ def problem(
 def twins(**sizes):
     make = problem(**sizes)
     return FusedObjective(*make, seed=5), SerialModelObjective(*problem(**sizes), seed=5)
+
+
+def trained(parts):
+    """The problem when its model has learned it."""
+    model, criterion, tokens, targets = parts
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        criterion(model(tokens), targets).backward()
+        optimizer.step()
+    return parts
 
 
 def every_coordinate(objective, radius=0.1, stride=1):
@@ -154,6 +166,18 @@ def test_float32_decides_as_float64(radius, most):
     high = exact.losses(index, moved) < exact()
     assert 0.1 < high.double().mean() < 0.9
     assert (low != high).double().mean() <= most
+
+
+def test_small_losses_are_finer_than_float32():
+    """1 + what is not on top would round them to 6e-8, and hide many a decrease."""
+    model, criterion, *batch = trained(problem(dtype=torch.float32))
+    exact = SerialModelObjective(copy.deepcopy(model).double(), criterion, *batch)
+    fused = FusedObjective(model, criterion, *batch)
+    assert 1e-4 < exact().item() < 1e-2
+    index, delta = every_coordinate(fused, radius=1e-3, stride=5)
+    rounded = (fused.flat.buffer[index] + delta).double() - fused.flat.buffer[index].double()
+    changes = fused.losses(index, delta) - fused()
+    torch.testing.assert_close(changes, exact.losses(index, rounded) - exact(), rtol=0, atol=1e-8)
 
 
 def test_accept_refreshes_as_a_full_refresh_does():
