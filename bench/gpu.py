@@ -1,10 +1,10 @@
 """Measures psfast on a GPU: the correctness gate, then every backend in one run.
 
-``python bench/gpu.py [--out DIR] [--seconds S] [--dry-run]`` writes ``gpu.json`` and
-``gpu.txt``. Every stage that fails is recorded with its error and the rest goes on: in a new
-process, where it left the device unusable or did not end. A mode that fails the gate is not
-timed. ``--dry-run`` runs every stage on the CPU, on a tiny model, in Triton's interpreter: it
-checks this program, and its numbers mean nothing.
+``python bench/gpu.py [--out DIR] [--seconds S] [--sizes small ...] [--dry-run]`` writes
+``gpu.json`` and ``gpu.txt``. Every stage that fails is recorded with its error and the rest
+goes on: in a new process, where it left the device unusable or did not end. A mode that fails
+the gate is not timed. ``--dry-run`` runs every stage on the CPU, on a tiny model, in Triton's
+interpreter: it checks this program, and its numbers mean nothing.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from harness import (
     ForcedOutcomes,
     Interrupted,
     poll_block,
-    run_points,
     set_values,
     values_of,
     with_backward,
@@ -36,7 +35,7 @@ from harness import (
 import psfast
 from psfast.flat import FlatParameters
 
-BUDGET = 0.2 if DRY else 1.2  # seconds that one measurement aims at, with all its rounds
+BUDGET = 0.2 if DRY else 0.8  # seconds that one measurement aims at, with all its rounds
 ROUNDS = 1 if DRY else 3
 COMPILE_SECONDS = 180
 MODES = ("fp16x3", "tf32x3", "fp32")
@@ -111,14 +110,14 @@ class Synchronized(ForcedOutcomes):
 def complete_poll(run: Run, objective, size: str, batch: int, backend: str) -> None:
     """Nothing improves; all 2N trial points, or as many as the budget allows."""
     total = 2 * objective.flat.size
-    forced = Synchronized(objective, 0.0)
-    optimizer = psfast.PatternSearch(objective.params, radius=0.1)  # goes on where it was
-
-    def piece(count: int) -> float:
-        return seconds_of(lambda: run_points(optimizer, forced, count))
-
-    count = affordable(piece, total)
-    seconds = piece(count) / count
+    optimizer = where_polls_fail(objective.params)  # goes on where it was
+    count = affordable(lambda count: seconds_of(lambda: decide(optimizer, objective, count)), total)
+    if count == total:
+        optimizer.max_evaluations = None
+        optimizer.step(objective)  # to the end of the poll that has begun: then a step is one
+        seconds = seconds_of(lambda: optimizer.step(objective)) / count
+    else:
+        seconds = seconds_of(lambda: decide(optimizer, objective, count)) / count
     run.row(
         size,
         batch,
@@ -128,6 +127,25 @@ def complete_poll(run: Run, objective, size: str, batch: int, backend: str) -> N
         points=count,
         whole_poll_ms=seconds * total * 1e3,
     )
+
+
+def where_polls_fail(params) -> psfast.PatternSearch:
+    """An optimizer for which no loss is low enough, and which has seen that: its blocks are as
+    large as they are going to be. The radius hardly shrinks: changes that are rounded away would
+    cost nothing."""
+    optimizer = psfast.PatternSearch(params, radius=0.1, decrease=1e12, shrink=0.999)
+    state = optimizer.state_dict()
+    state["search"]["mean_gap"] = 2.0 * state["search"]["size"]
+    optimizer.load_state_dict(state)
+    return optimizer
+
+
+def decide(optimizer, objective, count: int) -> None:
+    """So many trial points more, over the ends of polls."""
+    stop = optimizer.evaluations + count
+    while optimizer.evaluations < stop:
+        optimizer.max_evaluations = stop - optimizer.evaluations
+        optimizer.step(objective)
 
 
 def affordable(piece, most: int) -> int:
@@ -180,18 +198,32 @@ def with_accepts(run: Run, objective, size, batch, backend, probability: float) 
     )
 
 
-def start_of_training(run: Run, objective, size: str, batch: int, backend: str) -> None:
-    """Real decisions from a fresh model on, 100 changes a step; about 0.4 are lower."""
-    values = values_of(objective.params)
-    optimizer = psfast.PatternSearch(objective.params, radius=0.1, max_accepts=4 if DRY else 100)
-    optimizer.step(objective)  # compiles and captures what only this needs
+def descents(
+    run: Run, objective, size: str, batch: int, backend: str, regime: str, share: float | None
+) -> None:
+    """Real decisions from a fresh model on, 100 changes a step; about 0.4 are lower.
+
+    share: of the trial points, about, are low enough: a margin sees to that; None: all that are
+    lower
+    """
+    values, radius, margin = values_of(objective.params), 0.1, 0.0
+    if share is not None:
+        changes = objective.losses(*poll_block(objective.flat, 0, 64 if DRY else 8192, radius))
+        margin = max(0.0, -changes.sub(objective()).double().quantile(share).item())
+    accepts_a_step = 4 if DRY else 100
+    optimizer = psfast.PatternSearch(
+        objective.params, radius, max_accepts=accepts_a_step, decrease=margin / radius**2
+    )
+    optimizer.max_evaluations = 16 if DRY else 20_000
+    for _ in range(3):  # compiles and captures what only this needs
+        optimizer.step(objective)
     first, accepts = optimizer.evaluations, 0
     synchronize()
     started = time.perf_counter()
     while not accepts or time.perf_counter() - started < BUDGET:
         optimizer.step(objective)
         accepts += len(optimizer.last_poll.accepted)
-        if accepts > 2000:
+        if accepts > 2000 or DRY:
             break
     synchronize()
     seconds = time.perf_counter() - started
@@ -200,10 +232,10 @@ def start_of_training(run: Run, objective, size: str, batch: int, backend: str) 
     run.row(
         size,
         batch,
-        "start",
+        regime,
         backend,
         seconds / points,
-        us_per_accept=seconds / accepts * 1e6,
+        us_per_accept=seconds / max(1, accepts) * 1e6,
         accepts=accepts,
     )
 
@@ -213,9 +245,7 @@ def where_the_time_goes(run: Run, objective, size: str, batch: int, backend: str
     key = (size, batch, backend, "complete poll")
     names = ("size", "batch", "backend", "regime")
     count = next(r["points"] for r in run.data["rows"] if tuple(map(r.get, names)) == key)
-    forced = Synchronized(objective, 0.0)
-    optimizer = psfast.PatternSearch(objective.params, radius=0.1)
-    work = functools.partial(run_points, optimizer, forced, count)
+    work = functools.partial(decide, where_polls_fail(objective.params), objective, count)
     work()
     profile(run, size, batch, "complete poll", work)
     if backend in run.data["descends"]:
@@ -246,7 +276,9 @@ def measure(run: Run, case: Case, regimes: tuple[float, ...] = ()) -> None:
     for p in regimes:
         run.stage(f"{case.label}: p = {p:g}", with_accepts, *about, backend, p)
     if backend in run.data["descends"] or not objective.descends:
-        run.stage(f"{case.label}: start", start_of_training, *about, backend)
+        run.stage(f"{case.label}: start", descents, *about, backend, "start", None)
+    if backend in run.data["descends"] and objective.largest_gap > 1000:
+        run.stage(f"{case.label}: rare", descents, *about, backend, "rare", 1e-3)
     if backend == DEFAULTS[0]:
         run.stage(f"{case.label}: profile", where_the_time_goes, *about, backend)
     if DEVICE == "cuda":
@@ -279,55 +311,6 @@ def compile_all(run: Run, cases: list[Case]) -> None:
         raise RuntimeError(f"could not be built: {run.data['broken']}")
 
 
-# -- other tiles ----------------------------------------------------------------------------
-
-
-def tile_cases() -> list[tuple[str, str, tuple, dict]]:
-    """Other configurations: size, kernel, key, and what they have instead of the usual ones.
-
-    kernel: "blocks" or "tail"; key: in ``configs.BLOCKS`` or ``configs.TAILS``. Some of them spill
-    registers: here is where it shows whether that matters.
-    """
-    chip = 9 if DRY or torch.cuda.get_device_capability()[0] == 9 else 8
-    small, wide = "tiny" if DRY else "small", {"rows": 128, "warps": 8}
-    found = [(small, "blocks", (chip, 64, 16), c) for c in (wide, {"hidden": 64}, {"stages": 3})]
-    found.append((small, "tail", (chip, 64), wide))
-    if not DRY:
-        twice = {"warps": 8, "hidden": 64, "queries": 32, "staged": 64}  # some products twice
-        low = {"rows": 32, "hidden": 64, "queries": 64, "staged": 64}
-        found += [("medium", "blocks", (chip, 128, 32), c) for c in (wide, twice, low)]
-    return found
-
-
-@contextlib.contextmanager
-def other_tiles(place: int):
-    """Inside, plans are made with this one of ``tile_cases``."""
-    from psfast.kernels import configs
-
-    _, kernel, key, change = tile_cases()[place]
-    table = {"blocks": configs.BLOCKS, "tail": configs.TAILS}[kernel]
-    usual = table[key]
-    table[key] = usual._replace(**change)
-    try:
-        yield table[key]
-    finally:
-        table[key] = usual
-
-
-def tiles(run: Run, case: Case) -> None:
-    """Another configuration of a kernel, compared with the usual one before it is timed."""
-    usual = run.build(case._replace(tile=None))
-    points = poll_block(usual.flat, 0, 4 if DRY else 256)
-    expected = usual.losses(*points)
-    with other_tiles(case.tile) as config:
-        objective = run.build(case)
-    error = (objective.losses(*points) - expected).abs().max().item()
-    if not error < 1e-5:
-        raise ValueError(f"{config} is off by {error}")
-    kernel = tile_cases()[case.tile][1]
-    device_time(run, objective, case.size, case.batch, f"{kernel} {tuple(config)}")
-
-
 # -- all of it -------------------------------------------------------------------------------
 
 
@@ -335,6 +318,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--seconds", type=float, default=420.0, help="start no stage after these")
+    sizes = ["tiny"] if DRY else ["small", "medium", "large"]
+    parser.add_argument("--sizes", nargs="+", choices=sizes, default=sizes)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of those it starts itself
     parser.add_argument("--goes-on", action="store_true", help=argparse.SUPPRESS)
@@ -346,15 +331,16 @@ def main() -> int:
     if args.only_build:
         only_build(Case(*args.only_build))
     elif args.until:
-        run_jobs(Run(args.out, args.until, args.goes_on))
+        run_jobs(Run(args.out, args.until, args.goes_on), args.sizes)
     else:
-        return supervise(args.out, time.time() + args.seconds)
+        return supervise(args.out, time.time() + args.seconds, args.sizes)
     return 0
 
 
-def supervise(out: Path, until: float) -> int:
+def supervise(out: Path, until: float, sizes: list[str]) -> int:
     """All jobs in one process; the rest of them in another, where one has ended it."""
     command = [sys.executable, __file__, "--out", str(out), "--until", str(until)]
+    command += ["--sizes", *sizes]
     command += ["--dry-run"] if DRY else []
     status, started = subprocess.run(command).returncode, 1
     while status and started < 10 and (out / "gpu.json").exists():
@@ -364,22 +350,21 @@ def supervise(out: Path, until: float) -> int:
 
 
 def only_build(case: Case) -> None:
-    with contextlib.nullcontext() if case.tile is None else other_tiles(case.tile):
-        build(case.backend, problem(case.size, case.batch, case.dropout))
+    build(case.backend, problem(case.size, case.batch, case.dropout))
 
 
-def run_jobs(run: Run) -> None:
+def run_jobs(run: Run, sizes: list[str]) -> None:
     """What matters most first: the time may not be enough for all."""
-    small, sizes = ("tiny", ["tiny"]) if DRY else ("small", ["small", "medium", "large"])
-    few, many = batches = (2, 3) if DRY else (4, 64)
+    small = sizes[0]
+    batches = (2, 3) if DRY else (4, 64)
+    few = batches[0]
     job, fused = run.job, DEFAULTS[0]
-    variants = [Case(fused, size, many, tile=k) for k, (size, *_) in enumerate(tile_cases())]
     dropped = [Case(fused, size, few, 0.1) for size in sizes[:2]]
     other_modes = [Case(f"fused {mode}", small, few) for mode in MODES[1:]]
     usual = [Case(fused, size, batch) for size in sizes for batch in batches]
-    cases = [*usual, *variants, *dropped, *other_modes]
+    cases = [*usual, *dropped, *other_modes]
     if DRY:  # nothing to compile: one of each kind shows that they start
-        cases = [usual[0], variants[0], dropped[0]]
+        cases = [usual[0], dropped[0]]
 
     name = "the first number: clean eager loop"
     job(name, run.stage, name, eager_loop, run, small, few)
@@ -419,9 +404,6 @@ def run_jobs(run: Run) -> None:
             for batch in batches:
                 measured(Case(backend, size, batch))
         if size == small and fused in usable:
-            for case in variants:
-                name = f"{case.label}: {tile_cases()[case.tile]}"
-                job(name, run.stage, name, tiles, run, case)
             for case in (*dropped, *other_modes):
                 measured(case)
     run.save()

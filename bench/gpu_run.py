@@ -26,22 +26,16 @@ UNUSABLE = 75  # exit status of a process whose device is lost
 
 
 class Case(NamedTuple):
-    """An objective to build: of a backend, on a problem.
-
-    tile: the place in ``tile_cases`` of the configuration to take; None: the usual one
-    """
+    """An objective to build: of a backend, on a problem."""
 
     backend: str
     size: str
     batch: int
     dropout: float = 0.0
-    tile: int | None = None
 
     @property
     def label(self) -> str:
-        name = f"{self.backend} {self.size} B={self.batch}"
-        name += " dropout" if self.dropout else ""
-        return name if self.tile is None else f"{name} tile {self.tile}"
+        return f"{self.backend} {self.size} B={self.batch}" + (" dropout" if self.dropout else "")
 
 
 def problem(size: str, batch: int, dropout: float = 0.0):

@@ -11,7 +11,12 @@ _REPAIR_TILES = 8
 
 
 class Cut(NamedTuple):
-    """How a kernel is cut: rows and warps of a program, and what its inner loops take at a time."""
+    """How a kernel is cut: rows and warps of a program, and what its inner loops take at a time.
+
+    registers: the most that a thread may take, so that more programs share a multiprocessor; 0:
+        as many as it would like to have
+    spills: bytes that a thread spills and that a measurement has shown to be worth it
+    """
 
     rows: int
     warps: int
@@ -20,6 +25,8 @@ class Cut(NamedTuple):
     vocabulary: int = 16
     staged: int = 0  # normalised columns at a time, where they do not stay on chip
     stages: int = 2
+    registers: int = 0
+    spills: int = 0
 
 
 class Config(NamedTuple):
@@ -65,13 +72,13 @@ def padded_positions(T: int) -> int:
 # of 64 rows: eight would compute some products twice (which only the one for 64 positions bears;
 # with four it spills).
 BLOCKS = {
-    (9, 64, 16): Cut(64, 4, hidden=32, queries=32),
+    (9, 64, 16): Cut(64, 4, hidden=32, queries=32, registers=168),
     (9, 64, 32): Cut(64, 4, hidden=64, queries=32),
     (9, 64, 64): Cut(64, 8, hidden=32, queries=32, staged=16),
     (9, 128, 16): Cut(64, 4, hidden=64, queries=32, staged=32),
-    (9, 128, 32): Cut(64, 4, hidden=32, queries=16, staged=32),
+    (9, 128, 32): Cut(64, 4, hidden=32, queries=32, staged=64),
     (9, 256, 16): Cut(32, 8, hidden=64, queries=64, staged=64),
-    (9, 256, 32): Cut(32, 8, hidden=64, queries=64, staged=64),
+    (9, 256, 32): Cut(32, 4, hidden=64, queries=64, staged=64),
     (8, 64, 16): Cut(64, 4, hidden=16, staged=32),
     (8, 64, 32): Cut(32, 4, hidden=32, queries=64),
     (8, 128, 16): Cut(32, 8, hidden=64, queries=64, staged=64),
@@ -80,9 +87,9 @@ BLOCKS = {
     (8, 256, 32): Cut(32, 8, hidden=64, queries=64, staged=64),
 }
 TAILS = {
-    (9, 64): Cut(64, 4, hidden=64, vocabulary=128),
-    (9, 128): Cut(32, 4, hidden=64, vocabulary=64, staged=64),
-    (9, 256): Cut(32, 8, hidden=64, vocabulary=128, staged=64),
+    (9, 64): Cut(64, 4, hidden=32, vocabulary=64, registers=168),
+    (9, 128): Cut(128, 8, hidden=32, vocabulary=128),
+    (9, 256): Cut(32, 4, hidden=64, vocabulary=64, staged=64),
     (8, 64): Cut(32, 4, hidden=64, vocabulary=128),
     (8, 128): Cut(32, 8, hidden=64, vocabulary=64, staged=64),
     (8, 256): Cut(32, 8, hidden=64, vocabulary=64, staged=64),
@@ -191,9 +198,11 @@ def _of_cut(sizes: Sizes, cut: Cut, mode: str) -> dict:
     }
 
 
-def options(cut: Cut) -> dict:
+def options(cut: Cut, mode: str) -> dict:
     """The launch options of a kernel that is cut so."""
-    return {"num_warps": cut.warps, "num_stages": cut.stages, "enable_fp_fusion": True}
+    found = {"num_warps": cut.warps, "num_stages": cut.stages, "enable_fp_fusion": True}
+    # The other modes would spill: their products split both operands in registers.
+    return found | ({"maxnreg": cut.registers} if cut.registers and mode == "fp16x3" else {})
 
 
 def power_of_two(n: int, least: int = 16) -> int:

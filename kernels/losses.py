@@ -25,18 +25,21 @@ def _sums(incumbent_ptr, partial_ptr, k, inside, parts, BLOCK: tl.constexpr):
 def reduce_losses(
     incumbent_ptr,  # (parts,) float64: summed loss of the incumbent
     partial_ptr,  # (K, parts) fp32: differences
-    loss_ptr,  # (K,) float64
+    span_ptr,  # (2,) int64, as of `describe`
+    loss_ptr,  # (C,) float64
     count_ptr,  # (1,) fp32: supervised rows
     K,
     parts,
     BLOCK: tl.constexpr,
 ):
-    """loss[k] = (sum(incumbent) + sum(partial[k])) / count, added in float64, part by part."""
+    """(sum(incumbent) + sum(partial[k])) / count, added in float64, part by part, is the loss of
+    trial point k of those that come next."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = k < K
+    at = tl.load(span_ptr) + k
+    inside = (k < K) & (at < tl.load(span_ptr + 1))
     incumbent, change = _sums(incumbent_ptr, partial_ptr, k, inside, parts, BLOCK)
     count = tl.load(count_ptr)
-    tl.store(loss_ptr + k, (incumbent + change) / count, mask=inside)
+    tl.store(loss_ptr + at, (incumbent + change) / count, mask=inside)
 
 
 @triton.jit(do_not_specialize=["K", "parts", "n_params", "n_layers", "is_final"])
@@ -76,7 +79,7 @@ def take_first(
 ):
     """Accepts the block's first trial point that is lower by more than the margin, if one is.
 
-    For one program of one warp: it reads the state and writes it again.
+    For one program: it reads the state and writes it again.
 
     Equivalent to a step of the serial loop's: losses up to the accepted one are decided, its
     delta is added to the parameters, and the next block begins behind it. When all is decided

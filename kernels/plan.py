@@ -1,6 +1,5 @@
 """Launches of the transformer kernels: what they read, and what they hand on."""
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,6 @@ from psfast.kernels.configs import Config, Sizes, power_of_two, round_up
 from torch import Tensor, nn
 
 PROGRAMS = 128  # about as many as a large GPU runs at once
-_SORTED = 1024  # trial points from which on their order pays
 _STAGED_BYTES = 2**25
 _BEHIND_BYTES = 2**26
 
@@ -98,7 +96,6 @@ class TransformerPlan:
     ):
         self.sizes, self.config, self.mode = sizes, config, mode
         self.repairs = mode == "fp16x3"  # the other modes have fp32's range
-        self._scratch: Scratch | None = None
         self.device = trainable[0].device
         self._all = torch.zeros(1, dtype=torch.int32, device=self.device)  # from block 0 on
         self._layout = configs.layout(sizes, config)
@@ -174,8 +171,8 @@ class TransformerPlan:
             }
         )
 
-    def refresh(self, cache: Cache, params: Tensor, rows: Rows) -> Tensor:
-        """Fill ``cache`` at ``params`` (N,); returns the loss there, (1,) float64."""
+    def pack(self, cache: Cache, params: Tensor) -> None:
+        """Write the weights in ``params`` (N,) as the kernels read them."""
         size = len(self.order)
         with torch.cuda.device_of(params):
             weights.pack[(-(-size // 1024),)](
@@ -188,62 +185,33 @@ class TransformerPlan:
                 SCALE=configs.WEIGHT_SCALE,
                 BLOCK=1024,
             )
-        scratch = self._own_scratch(1, rows, cache=True)
-        self.fill(scratch, cache, params, rows, self._all)
-        self.fill_again(scratch, cache, params, rows)
-        return self.loss(cache, rows)
 
-    def fill(
-        self, scratch: Scratch, cache: Cache, params: Tensor, rows: Rows, first: Tensor
-    ) -> None:
-        """Fill ``cache``, whose packed weights are those of ``params``, from block ``first`` (1,)
-        int32 on: n_layers is what lies behind the last attention, above it nothing is to fill."""
-        self._run(scratch, 1, cache.summed, params, cache, rows, self.mode, first=first)
+    def fill(self, where: tuple, first: Tensor | None = None, half: str = "both") -> None:
+        """Fill the cache, whose packed weights are those of the parameters, from block ``first``
+        (1,) int32 on, None: all; n_layers is what lies behind the last attention, above it
+        nothing is to fill."""
+        first = self._all if first is None else first
+        self._run(where, 1, where[1].summed, self.mode, first=first, half=half)
 
-    def fill_again(self, scratch: Scratch, cache: Cache, params: Tensor, rows: Rows) -> None:
-        """Fill all of ``cache`` by ``FALLBACK`` where its loss is not finite."""
+    def fill_again(self, where: tuple) -> None:
+        """Fill all of the cache by ``FALLBACK`` where its loss is not finite."""
         if self.repairs:
-            what = scratch, 1, cache.summed, params, cache, rows, configs.FALLBACK
-            self._run(*what, first=self._all, repair=True)
+            self._run(where, 1, where[1].summed, configs.FALLBACK, first=self._all, repair=True)
 
-    def loss(self, cache: Cache, rows: Rows) -> Tensor:
-        """The loss of the cached incumbent, (1,) float64."""
-        zero = torch.zeros(1, rows.parts, dtype=torch.float32, device=self.device)
-        return self._reduce(cache, zero, rows)
-
-    def losses(
-        self, cache: Cache, params: Tensor, rows: Rows, index: Tensor, delta: Tensor
-    ) -> Tensor:
-        """index: (K,) int64; delta: (K,) float32 -> (K,) float64, at the cached incumbent."""
-        # Trial points that share a tile then mostly start at the same place, the long ones first.
-        order = index.int().argsort() if len(index) >= _SORTED else None  # half the bits to sort
-        if order is not None:
-            index, delta = index[order], delta[order]
-        partial = torch.empty(len(index), rows.parts, dtype=torch.float32, device=self.device)
-        self.differences(cache, params, rows, index, delta, partial)
-        found = self._reduce(cache, partial, rows)
-        return found if order is None else torch.empty_like(found).scatter_(0, order, found)
-
-    def differences(
-        self, cache: Cache, params: Tensor, rows: Rows, index: Tensor, delta: Tensor, out: Tensor
+    def describe(
+        self, scratch: Scratch, params: Tensor, index: Tensor, change: Tensor, span: Tensor, K: int
     ) -> None:
-        """What K trial points change of each part's summed loss: ``out`` (K, parts) float32."""
-        most = self.most(rows)
-        for start in range(0, len(index), most):
-            block = slice(start, start + most)
-            where = self._own_scratch(len(index[block]), rows), cache, params, rows
-            self.describe(where[0], params, index[block], delta[block])
-            self.evaluate(*where, out[block])
-            self.evaluate_again(*where, out[block])
+        """Note down the K trial points that are evaluated next, at most ``most``.
 
-    def describe(self, scratch: Scratch, params: Tensor, index: Tensor, delta: Tensor) -> None:
-        """Note down the trial points that are evaluated next, at most ``most``."""
-        K = len(index)
+        index: (C,) int64; change: (C,) float32; span: (2,) int64, the first of them that comes
+        next and the one behind the last; beyond that, trial points change nothing
+        """
         constants = configs.describe_constants(self.sizes, self.config)
         with torch.cuda.device_of(params):
             points.describe[(-(-K // constants["BLOCK"]),)](
                 index,
-                delta,
+                change,
+                span,
                 self.table,
                 params,
                 scratch.points,
@@ -254,18 +222,15 @@ class TransformerPlan:
                 **constants,
             )
 
-    def evaluate(
-        self, scratch: Scratch, cache: Cache, params: Tensor, rows: Rows, out: Tensor
-    ) -> None:
-        """``differences`` of the described trial points."""
-        self._run(scratch, len(out), out, params, cache, rows, self.mode)
+    def evaluate(self, where: tuple, out: Tensor, half: str = "both") -> None:
+        """What the K described trial points change of each part's summed loss: ``out`` (K, parts)
+        float32."""
+        self._run(where, len(out), out, self.mode, half=half)
 
-    def evaluate_again(
-        self, scratch: Scratch, cache: Cache, params: Tensor, rows: Rows, out: Tensor
-    ) -> None:
+    def evaluate_again(self, where: tuple, out: Tensor) -> None:
         """The same by ``FALLBACK`` of those whose results are not finite."""
         if self.repairs:
-            self._run(scratch, len(out), out, params, cache, rows, configs.FALLBACK, repair=True)
+            self._run(where, len(out), out, configs.FALLBACK, repair=True)
 
     def most(self, rows: Rows) -> int:
         """Trial points of one launch: what its kernels hand on should stay in the L2."""
@@ -277,97 +242,100 @@ class TransformerPlan:
         return max(1, most)
 
     def _run(
-        self, scratch, K, out, params, tensors, rows, mode, *, first=None, repair=False
+        self,
+        where: tuple[Scratch, Cache, Tensor, Rows],
+        K: int,
+        out: Tensor,
+        mode: str,
+        *,
+        first: Tensor | None = None,
+        repair: bool = False,
+        half: str = "both",
     ) -> None:
         """Both halves of the model for K trial points; with ``first`` for the cache.
 
+        where: scratch, cache, parameters (N,) and the batch
         repair: only where ``out`` is not finite
+        half: "blocks", "tail" or "both"
         """
-        R, C, L = rows.about.shape[1], rows.packed.shape[1], self.sizes.n_layers
+        scratch, cache, params, rows = where
         kinds = {"cache": first is not None, "repair": repair}
-        for_blocks = configs.blocks_constants(self.sizes, self.config, mode, **kinds)
-        for_tail = configs.tail_constants(self.sizes, self.config, mode, rows.each, **kinds)
-        in_program = for_tail["TILES"] * (for_tail["M"] // rows.each)
         staged = scratch.staged.view(torch.float16) if mode == "fp16x3" else scratch.staged
+        # What fills the cache looks at ``first``, the others at none.
         first = self._all if first is None else first
         given = (scratch.points, scratch.delta, out, scratch.behind, scratch.reached, first)
-        packed = (tensors.w, tensors.hi, tensors.lo)
         with torch.cuda.device_of(params):
-            blocks.run_blocks[(-(-K // for_blocks["POINTS"]), rows.groups)](
-                *given,
-                params,
-                *packed,
-                rows.about,
-                rows.keep,
-                tensors.x,
-                tensors.qkv,
-                tensors.columns,
-                staged,
-                K,
-                R,
-                C,
-                rows.parts,
-                L,
-                self.token_offset,
-                self.position_offset,
-                self.eps,
-                self.score_scale,
-                rows.inv_keep,
-                **for_blocks,
-                **configs.options(self.config.blocks),
+            if half != "tail":
+                self._run_blocks(given, staged, cache, params, rows, K, mode, kinds)
+            if half != "blocks":
+                self._run_tail(given, staged, cache, rows, K, mode, kinds)
+
+    def _run_blocks(self, given, staged, cache, params, rows, K, mode, kinds) -> None:
+        constants = configs.blocks_constants(self.sizes, self.config, mode, **kinds)
+        blocks.run_blocks[(-(-K // constants["POINTS"]), rows.groups)](
+            *given,
+            params,
+            *cache[:3],
+            rows.about,
+            rows.keep,
+            cache.x,
+            cache.qkv,
+            cache.columns,
+            staged,
+            K,
+            rows.about.shape[1],
+            rows.packed.shape[1],
+            rows.parts,
+            self.sizes.n_layers,
+            self.token_offset,
+            self.position_offset,
+            self.eps,
+            self.score_scale,
+            rows.inv_keep,
+            **constants,
+            **configs.options(self.config.blocks, mode),
+        )
+
+    def _run_tail(self, given, staged, cache, rows, K, mode, kinds) -> None:
+        constants = configs.tail_constants(self.sizes, self.config, mode, rows.each, **kinds)
+        in_program = constants["TILES"] * (constants["M"] // rows.each)
+        tail.run_tail[(-(-K // in_program), rows.parts)](
+            *given,
+            *cache[:3],
+            rows.packed,
+            rows.keep,
+            cache.x,
+            cache.columns,
+            cache.nll,
+            staged,
+            K,
+            rows.about.shape[1],
+            self.sizes.n_layers,
+            self.eps,
+            rows.inv_keep,
+            **constants,
+            **configs.options(self.config.tail, mode),
+        )
+
+    def reduce(self, cache: Cache, partial: Tensor, rows: Rows, span: Tensor, out: Tensor) -> None:
+        """What ``partial`` (K, parts) comes to, as losses: ``span`` of ``out`` (C,) float64."""
+        K = len(partial)
+        with torch.cuda.device_of(partial):
+            losses.reduce_losses[(-(-K // 128),)](
+                cache.summed, partial, span, out, rows.count, K, rows.parts, BLOCK=128
             )
-            tail.run_tail[(-(-K // in_program), rows.parts)](
-                *given,
-                *packed,
-                rows.packed,
-                rows.keep,
-                tensors.x,
-                tensors.columns,
-                tensors.nll,
-                staged,
-                K,
-                R,
-                L,
-                self.eps,
-                rows.inv_keep,
-                **for_tail,
-                **configs.options(self.config.tail),
-            )
 
-    def _own_scratch(self, K: int, rows: Rows, cache: bool = False) -> Scratch:
-        """One for all launches but those of a captured graph, grown where it is too small."""
-        need = self._scratch_sizes(K, rows, cache)
-        have = [len(part) for part in self._scratch] if self._scratch else [0] * len(need)
-        if any(n > h for n, h in zip(need, have, strict=True)):
-            self._scratch = self._scratch_of(map(max, need, have))
-        return self._scratch
-
-    def new_scratch(self, K: int, rows: Rows) -> Scratch:
-        """For launches of K trial points at most."""
-        return self._scratch_of(self._scratch_sizes(K, rows))
-
-    def _scratch_sizes(self, K: int, rows: Rows, cache: bool = False) -> list[int]:
+    def new_scratch(self, K: int, rows: Rows, cache: bool = False) -> Scratch:
+        """For launches of K trial points at most, or of ``fill`` alone."""
         DP, C = self.sizes.padded_model, rows.packed.shape[1]
         tiles = zip(self.config, (K * rows.groups, K * rows.parts), strict=True)
         staged = [programs * cut.rows * DP for cut, programs in tiles if cut.staged]
         points_and_rows = (0, 0, 0, 0) if cache else (points.FIELDS * K, K, K * C * DP, K * C)
-        return [max(1, n) for n in (*points_and_rows, max(staged, default=0))]
-
-    def _scratch_of(self, sizes: Iterable[int]) -> Scratch:
-        f32 = torch.float32
-        kinds = (torch.int32, f32, f32, torch.int8, f32)
+        sizes = (*points_and_rows, max(staged, default=0))
+        kinds = (torch.int32, torch.float32, torch.float32, torch.int8, torch.float32)
         return Scratch(
             *(
-                torch.empty(size, dtype=kind, device=self.device)
+                torch.empty(max(1, size), dtype=kind, device=self.device)
                 for size, kind in zip(sizes, kinds, strict=True)
             )
         )
-
-    def _reduce(self, cache: Cache, partial: Tensor, rows: Rows) -> Tensor:
-        K = len(partial)
-        loss = torch.empty(K, dtype=torch.float64, device=self.device)
-        with torch.cuda.device_of(partial):
-            losses.reduce_losses[(-(-K // 128),)](
-                cache.summed, partial, loss, rows.count, K, rows.parts, BLOCK=128
-            )
-        return loss

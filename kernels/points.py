@@ -56,10 +56,11 @@ def columns_at(part, DP, AP, FP):
     return sum(sizes[name] for name in names[: names.index(part)])
 
 
-@triton.jit(do_not_specialize=["index_ptr", "change_ptr", "K", "n_params", "n_layers"])
+@triton.jit(do_not_specialize=["K", "n_params", "n_layers"])
 def describe(
-    index_ptr,  # (K,) int64
-    change_ptr,  # (K,) fp32
+    index_ptr,  # (C,) int64
+    change_ptr,  # (C,) fp32
+    span_ptr,  # (2,) int64: which of them come next: the first, and the one behind the last
     table_ptr,
     params_ptr,
     points_ptr,
@@ -75,11 +76,13 @@ def describe(
     FP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``tell`` of K trial points, BLOCK of them in a program."""
+    """``tell`` of the next K trial points, BLOCK of them in a program; where fewer are left the
+    others change nothing."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = k < K
-    index = tl.load(index_ptr + k, mask=inside, other=0)
-    change = tl.load(change_ptr + k, mask=inside, other=0.0)
+    at = tl.load(span_ptr) + k
+    inside = (k < K) & (at < tl.load(span_ptr + 1))
+    index = tl.load(index_ptr + at, mask=inside, other=0)
+    change = tl.load(change_ptr + at, mask=inside, other=0.0)
     where = (table_ptr, params_ptr, points_ptr, delta_ptr)
     tell(k, K, index, change, where, n_params, n_layers, TABLE_BITS, D_K, DK, DP, AP, FP)
 

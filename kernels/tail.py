@@ -37,6 +37,7 @@ from psfast.kernels.tiles import (
     inverse,
     is_finite,
     linear_of_norm,
+    log1p,
     normalise,
     own_rows,
     split,
@@ -299,7 +300,7 @@ def run_tail(
             n = split(n, MODE)
             stage(n, staged, M, DP, KC, MODE)
             top = tl.full((M,), float("-inf"), tl.float32)
-            total = tl.zeros((M,), tl.float32)
+            others = tl.zeros((M,), tl.float32)
             picked = tl.zeros((M,), tl.float32)
             # Compared without `start`: with it, ptxas would compare 64 bits.
             v_cols = tl.arange(0, VC)
@@ -314,12 +315,15 @@ def run_tail(
                     here = is_head[:, None] & (v_cols[None, :] == (row - start)[:, None])
                     z += tl.where(here, u[:, None], 0.0)
                 higher = tl.maximum(top, tl.max(z, 1))
-                total = total * tl.exp2((top - higher) * LOG2E)
-                total += tl.sum(tl.exp2((z - higher[:, None]) * LOG2E), 1)
-                top = higher
+                others = others * tl.exp2((top - higher) * LOG2E)
                 here = v_cols[None, :] == (target - start)[:, None]
+                each = tl.exp2((z - higher[:, None]) * LOG2E)
+                others += tl.sum(tl.where(here, 0.0, each), 1)
+                top = higher
                 picked += tl.sum(tl.where(here, z, 0.0), 1)
-            nll = (top - picked) + tl.log(total)
+            # Where the target is on top, 1 + others would round a small loss to 6e-8.
+            total = others + tl.exp2((picked - top) * LOG2E)
+            nll = tl.where(picked == top, log1p(others), (top - picked) + tl.log(total))
 
             # 5. One number out.
             if CACHE:

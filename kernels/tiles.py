@@ -35,6 +35,14 @@ def is_finite(value):
 
 
 @triton.jit
+def log1p(x):
+    """log(1 + x), to a few units in the last place also where x is small (Kahan's quotient)."""
+    sum_ = 1.0 + x
+    rounded = sum_ - 1.0
+    return tl.where(rounded == 0.0, x, tl.log(sum_) * (x / tl.where(rounded == 0.0, 1.0, rounded)))
+
+
+@triton.jit
 def split(a, MODE: tl.constexpr):
     """``a`` as fp16 (hi, lo), a = hi + lo to 22 bits; the other modes take ``a`` as it is.
 

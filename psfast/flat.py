@@ -95,7 +95,7 @@ class FlatParameters:
 
         Every other ``FlatParameters`` over the same parameters sees it as a change.
         """
-        self.buffer.index_add_(0, index, delta.to(self.buffer.dtype))
+        self.buffer.index_add_(0, index.to(self.buffer.device), delta.to(self.buffer))
         self.note_write()
 
     def note_write(self) -> None:

@@ -25,8 +25,7 @@ from psfast.search import Decision, PollState
 from psfast.search_simplex import SimplexGradient
 
 _LARGEST_BLOCK = 65536
-_LARGEST_DESCENT = 4096
-_DESCENT_GAP = 64  # trial points between two accepted ones, up to which objectives may descend
+_LARGEST_DESCENT = 16_384
 _BEST_BLOCK = 256
 _SEARCH_BLOCK = 256
 _BLOCK_SECONDS = 0.25
@@ -363,7 +362,7 @@ class PatternSearch(torch.optim.Optimizer):
             and self.acceptance == "first"
             and self.search is None
             and self.expand == 1.0  # else the radius moves with every accepted one
-            and self._poll.mean_gap <= _DESCENT_GAP
+            and search.current_gap(self._poll) <= objective.largest_gap
         )
 
     def _block_size(self, objective: Objective, before: PollState, descends: bool) -> int:
@@ -393,8 +392,10 @@ class PatternSearch(torch.optim.Optimizer):
             return self.radius
         buffer = self._flat.buffer
         radius_of = {p: g["radius"] for g in self.param_groups for p in g["params"]}
-        radii = buffer.new_tensor([radius_of[p] for p in self._params])
-        bounds = torch.tensor(self._flat.offsets[1:], device=buffer.device)
+        radii = torch.tensor(
+            [radius_of[p] for p in self._params], dtype=buffer.dtype, device=index.device
+        )
+        bounds = torch.tensor(self._flat.offsets[1:], device=index.device)
         return radii[torch.bucketize(index, bounds, right=True)]
 
     def _poll_block(self, objective: Objective, index: Tensor, delta: Tensor) -> tuple:
@@ -404,6 +405,8 @@ class PatternSearch(torch.optim.Optimizer):
         stop_below = bar if self.acceptance == "first" and not whole else None
         losses = objective.losses(index, delta, stop_below=stop_below)
         self._note_seconds(started, len(losses))
+        if self._rule.whole_blocks:  # all of them matter, where the search counts
+            losses = losses.to(index.device)
         points = self._rule.points(self._poll, index, delta, losses)
         decision = self._decide(objective, losses, points, bar)
         changes = []
@@ -421,7 +424,7 @@ class PatternSearch(torch.optim.Optimizer):
             incumbent=poll.incumbent,
             margin=self._margin(self.decrease),
             most=most,
-            gap=poll.mean_gap,
+            gap=search.current_gap(poll),
         )
         self._note_seconds(started, len(descent.losses))
         places = torch.tensor(descent.places, dtype=torch.int64, device=index.device)
@@ -438,7 +441,8 @@ class PatternSearch(torch.optim.Optimizer):
             decision = decision._replace(decided=len(losses))
         if not points:
             return decision
-        values = [objective.loss_at(index, delta).item() for index, delta in points]
+        losses = [objective.loss_at(index, delta) for index, delta in points]
+        values = torch.stack(losses).tolist()  # one wait for all of them
         bar = self._bar(max(self.decrease, self._rule.least_decrease))
         return search.with_points(decision, values, bar)
 
@@ -449,8 +453,9 @@ class PatternSearch(torch.optim.Optimizer):
         else:
             place = slice(decision.chosen, decision.chosen + 1)
             index, delta = index[place], delta[place]
+        changes = list(zip(index.tolist(), delta.tolist(), strict=True))  # no wait for what follows
         objective.accept(index, delta)
-        return list(zip(index.tolist(), delta.tolist(), strict=True))
+        return changes
 
     def _commit(self, decision: Decision) -> bool:
         """Take the decision into the state; returns whether the poll failed."""

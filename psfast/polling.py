@@ -5,7 +5,9 @@ else to look, and takes the decision into the state. It keeps nothing that the s
 own ``state_dict`` do not determine.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,7 +18,19 @@ from psfast.search import Decision, PollState
 from psfast.search_simplex import SimplexGradient, Window
 
 _CHUNK = 1 << 12  # trial points drawn at a time, at least
-_DEVICE_CHUNK = 1 << 18  # where some sixty launches cost the same for few and for many
+_DEVICE_CHUNK = 1 << 18  # where launches cost the same for few and for many
+
+
+@functools.cache
+def _kernel_to_draw() -> Callable | None:
+    """One launch for some four hundred operations of a few microseconds each, where Triton runs."""
+    try:
+        from psfast.kernels.order import draw
+
+        draw([1] * 6, (2, 2), 0, 4, 4, torch.zeros(1, device="cuda"))
+    except Exception:  # no Triton, no C compiler, an old GPU: torch's own operations do it then
+        return None
+    return draw
 
 
 class CompletePoll:
@@ -50,11 +64,19 @@ class CompletePoll:
         if not low <= start <= start + count <= high:
             least = _CHUNK if buffer.device.type == "cpu" else _DEVICE_CHUNK
             low, high = start, min(total, start + max(4 * count, least))
-            order = search.poll_order(self.seed, poll.order, low, high - low, total, buffer.device)
-            index, sign = search.coordinates(order)
-            sign = sign.to(buffer.dtype)
+            index, sign = self._draw(poll.order, low, high - low)
             self._drawn = (key, low, high, index, sign)
         return index[start - low : start - low + count], sign[start - low : start - low + count]
+
+    def _draw(self, order: int, start: int, count: int) -> tuple[Tensor, Tensor]:
+        total, buffer = 2 * self.flat.size, self.flat.buffer
+        kernel = _kernel_to_draw() if buffer.device.type == "cuda" else None
+        if kernel:
+            keys, sides = search.permutation(self.seed, order, total)
+            return kernel(keys, sides, start, count, total, buffer)
+        entries = search.poll_order(self.seed, order, start, count, total, buffer.device)
+        index, sign = search.coordinates(entries)
+        return index, sign.to(buffer.dtype)
 
     def points(self, poll: PollState, index: Tensor, delta: Tensor, losses: Tensor) -> list:
         """The search step's points, each as (index, change): none."""
@@ -78,6 +100,9 @@ class CompletePoll:
 
 class WorkingSetPoll:
     """The 2N trial points working set by working set, with points along the slopes they show.
+
+    All that it keeps and computes is on the CPU, whatever the parameters are on: it is little,
+    and would be launches of a few microseconds each on a GPU.
 
     seed, flat: as of ``CompletePoll``; settings: of the search step
     """
@@ -106,11 +131,8 @@ class WorkingSetPoll:
         number = self._number(poll)
         if self._window is None or self._window.number != number:
             self._window = search_simplex.new_window(
-                self.seed, poll.order, number, self.flat.size, self.settings, self.flat.buffer
+                self.seed, poll.order, number, self.flat.size, self.settings, self.flat.buffer.dtype
             )
-        elif self._window.index.device != self.flat.buffer.device:  # the model has moved
-            tensors = (tensor.to(self.flat.buffer.device) for tensor in self._window[1:])
-            self._window = Window(number, *tensors)
         return self._window
 
     def _number(self, poll: PollState) -> int:
@@ -126,11 +148,13 @@ class WorkingSetPoll:
         incumbent = search.comparable(poll.incumbent)
         if not math.isfinite(incumbent):
             return []
-        slope = (losses.to(delta.device) - incumbent) / delta
+        slope = (losses - incumbent) / delta
         measured = search_simplex.measure(self._window, self._place, slope, self.settings)
         noise = 2 * torch.finfo(delta.dtype).eps * abs(incumbent) / delta.abs()
         along = search_simplex.direction(measured, self._place, noise, self.settings)
-        step = delta.abs() * (along - self.settings.decay * self.flat.buffer[index])
+        if self.settings.decay:
+            along = along - self.settings.decay * self._values_at(index)
+        step = delta.abs() * along
         points = [(index, step * length) for length in self.settings.lengths]
         if self.settings.fade:
             measured = search_simplex.follow(measured, self._place, step, self.settings)
@@ -139,6 +163,10 @@ class WorkingSetPoll:
             points += [(index, step * length) for length in self.settings.lengths]
         self._measured = measured
         return points
+
+    def _values_at(self, index: Tensor) -> Tensor:
+        buffer = self.flat.buffer
+        return buffer[index.to(buffer.device)].to(index.device)
 
     def advance(self, poll: PollState, decision: Decision) -> tuple[PollState, bool]:
         self._window = self._measured or self._window

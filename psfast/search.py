@@ -20,7 +20,8 @@ from psfast.checks import check_count, check_number
 
 _MASK32 = 0xFFFFFFFF
 _FEISTEL_ROUNDS = 6
-_FEW = 32  # losses that Python reads sooner than a handful of tensor operations
+_FEW = 128  # losses that Python reads sooner than a handful of tensor operations
+_NEAR = 4096  # and that come from a GPU sooner than such operations are launched there
 
 
 class PollState(NamedTuple):
@@ -116,15 +117,20 @@ def poll_order(
     """
     if not 0 <= start <= start + count <= total:
         raise ValueError(f"places {start} to {start + count} lie outside [0, {total}]")
-    a = math.isqrt(max(total, 1) - 1) + 1
-    b = -(-total // a)
-    keys = [derive_seed(seed, order, r) & _MASK32 for r in range(_FEISTEL_ROUNDS)]
+    keys, (a, b) = permutation(seed, order, total)
     value = _feistel(torch.arange(start, start + count, device=device), a, b, keys)
     while True:
         outside = (value >= total).nonzero().squeeze(1)
         if not len(outside):
             return value
         value[outside] = _feistel(value[outside], a, b, keys)
+
+
+def permutation(seed: int, order: int, total: int) -> tuple[list[int], tuple[int, int]]:
+    """The keys of the network's rounds, and its sides a and b."""
+    a = math.isqrt(max(total, 1) - 1) + 1
+    keys = [derive_seed(seed, order, r) & _MASK32 for r in range(_FEISTEL_ROUNDS)]
+    return keys, (a, -(-total // a))
 
 
 def _feistel(value: Tensor, a: int, b: int, keys: Sequence[int]) -> Tensor:
@@ -155,7 +161,7 @@ def first_improvement(losses: Tensor, bar: float) -> Decision:
             if loss < bar and loss != -math.inf:
                 return Decision(place, loss, place + 1, nan)
         return Decision(None, math.nan, len(values), nan)
-    losses = losses.double()  # a bar that float32 has not must not be rounded for it
+    losses = _near(losses).double()  # a bar that float32 has not must not be rounded for it
     lower = losses < bar
     decision = _decision(losses, lower.to(torch.uint8).argmax(), lower.any())
     if decision.chosen is None:
@@ -170,10 +176,15 @@ def best_improvement(losses: Tensor, bar: float) -> Decision:
 
     losses: (K,); NaN and infinity never win.
     """
-    losses = losses.double()
+    losses = _near(losses).double()
     finite = losses.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf)
     best = finite.argmin()
     return _decision(losses, best, finite.take(best) < bar)
+
+
+def _near(losses: Tensor) -> Tensor:
+    """Few losses on the CPU: one copy takes as long as one of the operations that decide."""
+    return losses.cpu() if len(losses) <= _NEAR else losses
 
 
 def _decision(losses: Tensor, place: Tensor, success: Tensor) -> Decision:
@@ -282,6 +293,11 @@ def comparable(loss: float | None) -> float:
     return math.inf if loss is None or not math.isfinite(loss) else loss
 
 
+def current_gap(state: PollState) -> float:
+    """Trial points to the next accepted one, about: many times the mean of failures say more."""
+    return float(state.tried) if state.tried > 8 * state.mean_gap else state.mean_gap
+
+
 def block_size(state: PollState, overhead: float = 8.0, at_once: int = 1) -> int:
     """How many trial points to evaluate next: few while much improves, many while nothing does.
 
@@ -290,9 +306,9 @@ def block_size(state: PollState, overhead: float = 8.0, at_once: int = 1) -> int
 
     Half of a block that succeeds is thrown away, so with acceptance probability p about
     sqrt(2 overhead / p) trial points cost least, and no more than about 1/p. While nothing
-    improves, blocks grow with the number of failures; many times 1/p of them say that p is less.
+    improves, blocks grow with the number of failures.
     """
-    gap = state.tried if state.tried > 8 * state.mean_gap else state.mean_gap
+    gap = current_gap(state)
     return max(at_once, round(min(0.8 * gap, math.sqrt(2.0 * overhead * gap))), state.tried // 4)
 
 

@@ -12,6 +12,7 @@ for its step to be a whole step, and what helped a moment ago mostly still helps
 Pure functions, as in ``psfast.search``.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -103,16 +104,16 @@ def window_count(size: int, working_set: int) -> int:
 
 
 def new_window(
-    seed: int, order: int, number: int, size: int, settings: SimplexGradient, like: Tensor
+    seed: int, order: int, number: int, size: int, settings: SimplexGradient, dtype: torch.dtype
 ) -> Window:
     """Working set ``number``, about an equal part of a keyed permutation of [0, size).
 
-    like: gives the dtype of the slopes and the device
+    dtype: of the slopes
     """
     count = window_count(size, settings.working_set)
     start, stop = number * size // count, (number + 1) * size // count
-    index = poll_order(seed, order, start, stop - start, size, like.device)
-    zeros = like.new_zeros(stop - start)
+    index = poll_order(seed, order, start, stop - start, size)
+    zeros = torch.zeros(stop - start, dtype=dtype)
     return Window(number, index, zeros, zeros, zeros, zeros.bool(), zeros)
 
 
@@ -149,8 +150,15 @@ def window_entries(seed: int, window: Window, state: PollState, most: int) -> tu
     n_blocks = -(-(n - start) // most)
     count = -(-(n - start) // n_blocks)  # equal blocks, not full ones and a small rest
     order_seed = derive_seed(seed, state.order, window.number)
-    place = places[poll_order(order_seed, 2 * state.lap + second, start, count, n, places.device)]
+    order = _whole_order(order_seed, 2 * state.lap + second, n)
+    place = places[order[start : start + count]]
     return place, 1 - 2 * ((place + second) & 1)
+
+
+@functools.lru_cache(maxsize=4)
+def _whole_order(seed: int, order: int, total: int) -> Tensor:
+    """A round's order, to be read only: it serves all blocks of the round."""
+    return poll_order(seed, order, 0, total, total)
 
 
 def measure(window: Window, place: Tensor, slope: Tensor, settings: SimplexGradient) -> Window:

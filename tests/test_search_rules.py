@@ -77,7 +77,7 @@ def test_a_point_wins_only_on_its_own_decrease():
 def test_working_sets_part_all_coordinates(size, working_set):
     settings = SimplexGradient(working_set)
     windows = [
-        new_window(3, 0, number, size, settings, torch.zeros(()))
+        new_window(3, 0, number, size, settings, torch.float32)
         for number in range(window_count(size, working_set))
     ]
     assert max(len(w.index) for w in windows) <= working_set
@@ -86,7 +86,7 @@ def test_working_sets_part_all_coordinates(size, working_set):
 
 @pytest.mark.parametrize("W, most", [(1, 1), (17, 5), (129, 128), (40, 512)])
 def test_a_lap_holds_both_signs_of_every_coordinate_once(W, most):
-    window = new_window(0, 0, 0, W, SimplexGradient(), torch.zeros(()))
+    window = new_window(0, 0, 0, W, SimplexGradient(), torch.float32)
     state, seen = PollState(incumbent=1.0), []
     while state.lap == 0:
         place, sign = window_entries(0, window, state, most)
@@ -100,7 +100,7 @@ def test_a_lap_holds_both_signs_of_every_coordinate_once(W, most):
 
 def test_the_poll_fails_only_when_every_working_set_has_failed_at_one_incumbent():
     size, W, K = 12, 4, 3
-    window = new_window(0, 0, 0, size, SimplexGradient(W), torch.zeros(()))
+    window = new_window(0, 0, 0, size, SimplexGradient(W), torch.float32)
     fail, win = Decision(None, math.nan, K, 0), Decision(0, 0.5, K, 0)
     state = PollState(incumbent=1.0)
     # A success in mid-lap, in the second working set: only whole laps after it count.
@@ -121,7 +121,7 @@ def test_the_poll_fails_only_when_every_working_set_has_failed_at_one_incumbent(
 
 def rested(lap=1):
     """A working set of 10 of which places 2, 5 and 6 have shown exact zeros, in ``lap``."""
-    window = new_window(0, 0, 0, 10, SimplexGradient(), torch.zeros(()))
+    window = new_window(0, 0, 0, 10, SimplexGradient(), torch.float32)
     slope = torch.ones(9)  # place 9 was never visited
     slope[[2, 5, 6]] = 0.0
     return begin_lap(measure(window, torch.arange(9), slope, SimplexGradient()), lap)
@@ -159,7 +159,7 @@ def test_a_lap_visits_those_at_rest_only_while_all_its_trial_points_fail(success
 
 def test_the_direction_is_downhill_scaled_and_zero_where_nothing_is_known():
     settings = SimplexGradient(momentum=0.5, square_momentum=0.5)
-    window = new_window(0, 0, 0, 4, settings, torch.zeros((), dtype=torch.float64))
+    window = new_window(0, 0, 0, 4, settings, torch.float64)
     place = torch.tensor([0, 1, 2])
     window = measure(window, place, torch.tensor([2.0, -300.0, math.nan]).double(), settings)
     u = direction(window, torch.arange(4), torch.zeros(4).double() + 1e-9, settings)
@@ -172,7 +172,7 @@ def test_the_direction_is_downhill_scaled_and_zero_where_nothing_is_known():
 
 def test_slopes_below_the_rounding_of_the_loss_are_not_amplified():
     settings = SimplexGradient()
-    window = new_window(0, 0, 0, 2, settings, torch.zeros(()))
+    window = new_window(0, 0, 0, 2, settings, torch.float32)
     window = measure(window, torch.arange(2), torch.tensor([1e-9, 1.0]), settings)
     u = direction(window, torch.arange(2), torch.full((2,), 1e-6), settings)
     assert abs(u[0]) < 1e-2 and u[1] < -0.99
@@ -180,7 +180,7 @@ def test_slopes_below_the_rounding_of_the_loss_are_not_amplified():
 
 def test_the_trail_fades_is_overwritten_and_ends():
     settings = SimplexGradient(fade=0.5)
-    window = new_window(0, 0, 0, 6, settings, torch.zeros((), dtype=torch.float64))
+    window = new_window(0, 0, 0, 6, settings, torch.float64)
     window = follow(window, torch.tensor([0, 1]), torch.tensor([1.0, -4.0]).double(), settings)
     window = follow(window, torch.tensor([1, 2]), torch.tensor([3.0, 2.0]).double(), settings)
     torch.testing.assert_close(window.trail, torch.tensor([0.5, 3, 2, 0, 0, 0]).double())

@@ -40,6 +40,7 @@ class Objective:
         search finds the block size that suits how often trial points are accepted
     at_once: trial points that take no longer than one
     descends: whether it has ``descend``
+    largest_gap: trial points between two accepted ones, about, up to which that is faster
     keeps_losses: whether an accepted trial point's loss is, to the bit, the incumbent's from then
         on; where it is not, the search asks for the latter
 
@@ -51,6 +52,7 @@ class Objective:
     overhead = 8.0
     at_once = 1
     descends = False
+    largest_gap = 64.0
     keeps_losses = False
     inputs = targets = None
     _checksum: int | None = None

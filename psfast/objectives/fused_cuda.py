@@ -3,6 +3,7 @@
 import functools
 import operator
 import os
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,13 @@ from psfast.objectives.watch import Watch
 from psfast.ops import FusedPlan
 from psfast.random_state import seeded
 
+if TYPE_CHECKING:  # it needs Triton
+    from psfast.kernels.descent import DescentLoop
+
 _INT32 = 2**31 - 1
 _GRID = 65_535  # programs in a grid's second dimension
+# What a block costs beside its trial points, in (rows x layers x d_model^2) of one trial point.
+_OVERHEAD = 6000.0 * 64 * 2 * 64**2
 _checked: set[tuple] = set()  # the kernels that have computed the right losses in this process
 
 
@@ -46,7 +52,7 @@ class FusedCudaObjective(FusedModelObjective):
     """
 
     descends = True
-    overhead = 4096.0  # a guess: some 0.2 ms of launches and decisions, at 50 ns a trial point
+    largest_gap = 4096.0
 
     def __init__(
         self, model, criterion, inputs, targets, *, params=None, seed=0, precision="fp16x3"
@@ -60,19 +66,21 @@ class FusedCudaObjective(FusedModelObjective):
         try:
             from triton.errors import TritonError
 
-            from psfast.kernels import configs, descent, plan
+            from psfast.kernels import configs, descent, evaluation, plan
         except ImportError as error:
             raise ValueError(f"the fused backend on a GPU needs triton: {error}") from error
         if precision not in configs.MODES:
             raise ValueError(f"precision must be one of {configs.MODES}, got {precision!r}")
         self.model, self.criterion = model, criterion
         self.precision, self.seed = precision, seed
-        self._configs, self._kernels, self._descents = configs, plan, descent
+        self._configs, self._kernels = configs, plan
+        self._evaluation, self._descent = evaluation, descent
         self._errors = TritonError
         self.inputs, self.targets = inputs, targets
         self._watch = Watch(model, self.params)
-        self._plan = self._rows = self._cache = self._trial_cache = self._values = None
-        self._descent = None
+        self._plan = self._rows = self._cache = self._values = None
+        self._refreshed = self._blocks = self._trial = None
+        self._descents: dict[int, DescentLoop] = {}  # by the size of their blocks
         self._is_fresh = False
         self._prepare()
 
@@ -80,9 +88,15 @@ class FusedCudaObjective(FusedModelObjective):
     def at_once(self) -> int:
         return max(1, self._kernels.PROGRAMS // self._rows.groups)
 
+    @property
+    def overhead(self) -> float:
+        plan = self._plan
+        work = self._rows.about.shape[1] * plan.sizes.n_layers * plan.sizes.padded_model**2
+        return max(8.0, _OVERHEAD / work)
+
     def __call__(self) -> Tensor:
         self._follow()
-        return self._loss[0].clone()
+        return self._refreshed.loss[0].clone()
 
     def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
         check_block(index, delta)
@@ -91,8 +105,19 @@ class FusedCudaObjective(FusedModelObjective):
         index = index.to(device, non_blocking=True).contiguous()
         delta = delta.to(device, torch.float32, non_blocking=True).contiguous()
         if not len(index):
-            return self._loss[:0].clone()
-        return self._plan.losses(self._cache, self._values, self._rows, index, delta)
+            return self._refreshed.loss[:0].clone()
+        return self._losses(index, delta)
+
+    def _losses(self, index: Tensor, delta: Tensor) -> Tensor:
+        self._blocks = self._on_current(self._blocks, self._evaluation.BlockLoop)
+        return self._blocks.losses(index, delta)
+
+    def _on_current(self, known, kind):
+        """``known``, or a new one of this kind where the memory that it stands for is another."""
+        parts = self._plan, self._cache, self._values, self._rows
+        if known is not None and all(map(operator.is_, known.parts, parts)):
+            return known
+        return kind(*parts)
 
     def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
         check_block(index, delta)
@@ -100,30 +125,34 @@ class FusedCudaObjective(FusedModelObjective):
         return self._loss_at(index, delta)
 
     def _loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
-        if self._trial_cache is None:
-            self._trial_cache = self._plan.new_cache(self._rows)
-        values = self._all_values().clone()
-        device = values.device
-        values[index.to(device, non_blocking=True)] += delta.to(device, torch.float32)
-        return self._plan.refresh(self._trial_cache, values, self._rows)[0]
+        plan, rows, values = self._plan, self._rows, self._values
+        known = self._trial.parts if self._trial else (None,) * 4
+        if known[0] is not plan or known[3] is not rows or known[2].shape != values.shape:
+            parts = plan, plan.new_cache(rows), torch.empty_like(values), rows
+            self._trial = self._evaluation.Refresh(*parts)
+        device, trial = values.device, self._trial.parts[2]
+        trial.copy_(values)
+        change = delta.to(device, torch.float32, non_blocking=True)
+        trial.index_add_(0, index.to(device, non_blocking=True), change)
+        self._trial()
+        return self._trial.loss[0].clone()
 
     def accept(self, index: Tensor, delta: Tensor) -> None:
         check_block(index, delta)
         self._follow()
-        device = self.flat.buffer.device
-        self.flat.add(index.to(device, non_blocking=True), delta.to(device, non_blocking=True))
+        self.flat.add(index, delta)
         self._refresh()
 
     def descend(self, index, delta, *, incumbent, margin, most, gap) -> Descent:
         """As every objective's; a host sync serves several accepted trial points."""
         check_block(index, delta)
         self._follow()
-        parts = self._plan, self._cache, self._values, self._rows
-        if self._descent is None or not all(map(operator.is_, self._descent.parts, parts)):
-            self._descent = self._descents.DescentLoop(*parts)
+        size = self._descent.block_size(self._plan, self._rows, gap, self.overhead)
+        make = functools.partial(self._descent.DescentLoop, size)
+        loop = self._descents[size] = self._on_current(self._descents.get(size), make)
         device = self.flat.buffer.device
         try:
-            losses, places, incumbents, evaluated = self._descent.run(
+            losses, places, incumbents, evaluated = loop.run(
                 index.to(device), delta.to(device), margin, most
             )
         except BaseException:
@@ -133,9 +162,9 @@ class FusedCudaObjective(FusedModelObjective):
             if self._fixed:
                 self.flat.buffer.copy_(self._values[: self.flat.size])
             self.flat.note_write()
-        self._loss = self._plan.loss(self._cache, self._rows)
+        self._refreshed.reduce()
         if places:
-            incumbents.append(self._loss.item())
+            incumbents.append(self._refreshed.loss.item())
         return Descent(losses, places, incumbents, evaluated)
 
     def _prepare(self) -> None:
@@ -178,15 +207,17 @@ class FusedCudaObjective(FusedModelObjective):
         if max(rows.groups, rows.parts) > _GRID:
             raise ValueError(f"the batch must have B <= {_GRID} sequences, got {len(inputs)}")
         if self._cache is None or sizes_of(rows) != sizes_of(self._rows):
-            self._cache, self._trial_cache = self._plan.new_cache(rows), None
+            self._cache = self._plan.new_cache(rows)
         if self._rows is None or not self._rows.take_over(rows):
             self._rows = rows
+            self._refreshed = self._blocks = self._trial = None  # before others take their room
+            self._descents.clear()
         self.flat.changed()
         try:
             self._refresh()
             if new:  # compile what evaluates blocks now, not in the middle of a poll
                 zero = torch.zeros(1, dtype=torch.int64, device=inputs.device)
-                self._plan.losses(self._cache, self._values, self._rows, zero, zero.float())
+                self._losses(zero, zero.float())
             if inputs.device.type == "cuda":
                 self._check(masks)
         except self._errors as error:
@@ -203,8 +234,7 @@ class FusedCudaObjective(FusedModelObjective):
         mask = None if masks is None else masks * rows.inv_keep
         sizes = sizes_of(self.model, self.criterion)
         batch = FusedPlan(sizes, plan.eps, self.inputs.long(), self.targets.long(), mask, None)
-        losses = functools.partial(plan.losses, self._cache, self._values, rows)
-        wrong = wrong_tensors(self.model, self.params, batch, losses, self._loss_at)
+        wrong = wrong_tensors(self.model, self.params, batch, self._losses, self._loss_at)
         if wrong:
             raise ValueError(
                 f"the kernels get the loss wrong on this device, at a change of {', '.join(wrong)}"
@@ -225,7 +255,8 @@ class FusedCudaObjective(FusedModelObjective):
             self._values.copy_(self._all_values())  # stays where a captured graph reads it
         else:
             self._values = self._all_values()
-        self._loss = self._plan.refresh(self._cache, self._values, self._rows)
+        self._refreshed = self._on_current(self._refreshed, self._evaluation.Refresh)
+        self._refreshed()
 
     def _all_values(self) -> Tensor:
         """The flat parameters, then the frozen ones, which the kernels read from there too."""
