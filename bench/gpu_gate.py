@@ -94,12 +94,13 @@ def gate(
 
 
 def gate_descent(run: Run, case: Case, count: int) -> None:
-    """Whether a descent has the serial loop's losses and decisions, bit for bit.
+    """Whether descents, with blocks of several sizes, have the serial loop's losses and decisions,
+    bit for bit.
 
     In the interpreter nearly so: it computes by NumPy, where a row's bits depend on its place.
     """
-    loop, serial = (run.build(case) for _ in range(2))
-    index, delta = poll_block(loop.flat, 0, count)
+    serial = run.build(case)
+    index, delta = poll_block(serial.flat, 0, count)
     bar, losses, places = serial().item(), [], []
     for k in range(count):
         point = index[k : k + 1], delta[k : k + 1]
@@ -108,14 +109,17 @@ def gate_descent(run: Run, case: Case, count: int) -> None:
             serial.accept(*point)
             bar = serial().item()
             places.append(k)
-    incumbent = loop().item()
-    found = loop.descend(index, delta, incumbent=incumbent, margin=0.0, most=count, gap=2.5)
     exact = torch.tensor(losses, dtype=torch.float64)
     same = torch.allclose if DRY else torch.equal
-    if found.places != places or not same(found.losses.double(), exact):
-        raise ValueError(f"accepted {found.places}, not {places}; losses {found.losses.tolist()}")
-    if not torch.equal(loop.flat.buffer, serial.flat.buffer):
-        raise ValueError("the same decisions, but other parameters")
+    for gap in (2.5, 60.0, 1000.0):
+        loop = run.build(case)
+        incumbent = loop().item()
+        found = loop.descend(index, delta, incumbent=incumbent, margin=0.0, most=count, gap=gap)
+        if found.places != places or not same(found.losses.double(), exact):
+            other = f"accepted {found.places}, not {places}; losses {found.losses.tolist()}"
+            raise ValueError(f"gap {gap}: {other}")
+        if not torch.equal(loop.flat.buffer, serial.flat.buffer):
+            raise ValueError(f"gap {gap}: the same decisions, but other parameters")
     run.data["descends"].append(case.backend)
     print(f"    {case.backend}: {len(places)} of {count} accepted, as the serial loop does")
 
