@@ -66,19 +66,20 @@ def padded_positions(T: int) -> int:
 
 
 # (compute capability, padded d_model, positions) -> how ``blocks`` is cut, and without the
-# positions ``tail``. Each fits into shared memory and, with the Triton that we pin, is free of
-# spills in fp16x3: `python -m psfast.kernels.compile` checks all of them. Triton 3.6 spills in
-# four of them (up to 1.4 KB), with dropout alone and outside the inner loops. Four warps a tile
-# of 64 rows: eight would compute some products twice (which only the one for 64 positions bears;
-# with four it spills).
+# positions ``tail``. Each fits into shared memory. Those of Hopper at (64, 16), (128, 32) and
+# (256, 32) are the fastest of those that `bench/gpu_tiles.py` has timed on an H100
+# (bench/results/gpu_tiles.json), though some of them spill; (128, 16) and (256, 16) are cut alike.
+# The others were never timed: they are free of spills with the Triton that we pin.
+# `python -m psfast.kernels.compile` checks all of them. Four warps a tile of 64 rows: eight would
+# compute some products twice (which only the one for 64 positions bears; with four it spills).
 BLOCKS = {
-    (9, 64, 16): Cut(64, 4, hidden=32, queries=32, registers=168),
+    (9, 64, 16): Cut(64, 4, hidden=32, queries=32, registers=168, spills=1900),
     (9, 64, 32): Cut(64, 4, hidden=64, queries=32),
     (9, 64, 64): Cut(64, 8, hidden=32, queries=32, staged=16),
-    (9, 128, 16): Cut(64, 4, hidden=64, queries=32, staged=32),
-    (9, 128, 32): Cut(64, 4, hidden=32, queries=32, staged=64),
-    (9, 256, 16): Cut(32, 8, hidden=64, queries=64, staged=64),
-    (9, 256, 32): Cut(32, 4, hidden=64, queries=64, staged=64),
+    (9, 128, 16): Cut(64, 4, hidden=32, queries=32, spills=5100),
+    (9, 128, 32): Cut(64, 4, hidden=32, queries=32, spills=5100),
+    (9, 256, 16): Cut(32, 4, hidden=64, queries=64, staged=64, stages=3, spills=2700),
+    (9, 256, 32): Cut(32, 4, hidden=64, queries=64, staged=64, stages=3, spills=2700),
     (8, 64, 16): Cut(64, 4, hidden=16, staged=32),
     (8, 64, 32): Cut(32, 4, hidden=32, queries=64),
     (8, 128, 16): Cut(32, 8, hidden=64, queries=64, staged=64),
@@ -87,9 +88,9 @@ BLOCKS = {
     (8, 256, 32): Cut(32, 8, hidden=64, queries=64, staged=64),
 }
 TAILS = {
-    (9, 64): Cut(64, 4, hidden=32, vocabulary=64, registers=168),
-    (9, 128): Cut(128, 8, hidden=32, vocabulary=128),
-    (9, 256): Cut(32, 4, hidden=64, vocabulary=64, staged=64),
+    (9, 64): Cut(64, 4, hidden=32, vocabulary=64, stages=3, registers=168, spills=16),
+    (9, 128): Cut(128, 8, hidden=32, vocabulary=128, spills=280),
+    (9, 256): Cut(32, 4, hidden=64, vocabulary=128, staged=64, spills=350),
     (8, 64): Cut(32, 4, hidden=64, vocabulary=128),
     (8, 128): Cut(32, 8, hidden=64, vocabulary=64, staged=64),
     (8, 256): Cut(32, 8, hidden=64, vocabulary=64, staged=64),
