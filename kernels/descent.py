@@ -5,7 +5,7 @@ import math
 import torch
 from psfast.kernels import losses as kernel
 from psfast.kernels.configs import take_first_constants
-from psfast.kernels.plan import PROGRAMS, Cache, Rows, TransformerPlan
+from psfast.kernels.plan import PROGRAMS, Cache, Operands, Rows, TransformerPlan
 from torch import Tensor
 
 from psfast.capture import Beside, Repeated, captured
@@ -54,9 +54,10 @@ class DescentLoop:
         self._first = zeros(1, torch.int32) + plan.sizes.n_layers + 1  # nothing to fill
         self._partial = zeros(self._block * rows.parts, torch.float32).view(-1, rows.parts)
         self._scratch = plan.new_scratch(self._block, rows)
-        self._where = self._scratch, cache, params, rows
+        self._evaluated = Operands(self._scratch, cache, params, rows)
         # Of its own, because the cache is filled while a block is evaluated.
-        self._filled = plan.new_scratch(1, rows, cache=True), cache, params, rows
+        filling = plan.new_scratch(1, rows, cache=True)
+        self._filled = Operands(filling, cache, params, rows)
         self._beside = Beside(device)
         self._begin, self._end = Repeated(device), Repeated(device)
         self._span = zeros(2, torch.int64)
@@ -119,17 +120,17 @@ class DescentLoop:
         """
         with self._beside:
             self.plan.fill(self._filled, self._first, half="tail")
-        self.plan.evaluate(self._where, self._partial, half="blocks")
+        self.plan.evaluate(self._evaluated, self._partial, half="blocks")
         self._beside.join()
-        self.plan.evaluate(self._where, self._partial, half="tail")
+        self.plan.evaluate(self._evaluated, self._partial, half="tail")
         self._take_first(is_final=not self.plan.repairs)
         self.plan.fill(self._filled, self._first, half="blocks")
 
     def _step_again(self) -> None:
         """The same where something was left open: whatever is not finite now is none."""
         self.plan.fill_again(self._filled)
-        self.plan.evaluate(self._where, self._partial)
-        self.plan.evaluate_again(self._where, self._partial)
+        self.plan.evaluate(self._evaluated, self._partial)
+        self.plan.evaluate_again(self._evaluated, self._partial)
         self._take_first(is_final=True)
         # After an accept from block 0 on: what was filled again is no start for another mode.
         self._first.mul_(self._first > self.plan.sizes.n_layers)

@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from psfast.kernels.plan import Cache, Rows, TransformerPlan
+from psfast.kernels.plan import Cache, Operands, Rows, TransformerPlan
 from torch import Tensor
 
 from psfast.capture import Repeated
@@ -33,10 +33,10 @@ class Refresh:
 
     def _step(self) -> None:
         plan, cache, params, rows = self.parts
-        where = self._scratch, cache, params, rows
+        on = Operands(self._scratch, cache, params, rows)
         plan.pack(cache, params)
-        plan.fill(where)
-        plan.fill_again(where)
+        plan.fill(on)
+        plan.fill_again(on)
         self.reduce()
 
     def reduce(self) -> None:
@@ -112,8 +112,8 @@ class BlockLoop:
 
     def _step(self, size: int) -> None:
         plan, cache, params, rows = self.parts
-        where, out = (self._scratch, cache, params, rows), self._partial[:size]
+        on, out = Operands(self._scratch, cache, params, rows), self._partial[:size]
         plan.describe(self._scratch, params, self._index, self._change, self._span, size)
-        plan.evaluate(where, out)
-        plan.evaluate_again(where, out)
+        plan.evaluate(on, out)
+        plan.evaluate_again(on, out)
         plan.reduce(cache, out, rows, self._span, self._losses)

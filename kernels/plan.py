@@ -74,6 +74,15 @@ class Cache(NamedTuple):
     summed: Tensor
 
 
+class Operands(NamedTuple):
+    """What a launch works on; params: (N,) float32, the flat parameters."""
+
+    scratch: Scratch
+    cache: Cache
+    params: Tensor
+    rows: Rows
+
+
 class TransformerPlan:
     """Launches the kernels for one model's sizes and one batch's shape.
 
@@ -186,17 +195,17 @@ class TransformerPlan:
                 BLOCK=1024,
             )
 
-    def fill(self, where: tuple, first: Tensor | None = None, half: str = "both") -> None:
+    def fill(self, on: Operands, first: Tensor | None = None, half: str = "both") -> None:
         """Fill the cache, whose packed weights are those of the parameters, from block ``first``
         (1,) int32 on, None: all; n_layers is what lies behind the last attention, above it
         nothing is to fill."""
         first = self._all if first is None else first
-        self._run(where, 1, where[1].summed, self.mode, first=first, half=half)
+        self._run(on, 1, on.cache.summed, self.mode, first=first, half=half)
 
-    def fill_again(self, where: tuple) -> None:
+    def fill_again(self, on: Operands) -> None:
         """Fill all of the cache by ``FALLBACK`` where its loss is not finite."""
         if self.repairs:
-            self._run(where, 1, where[1].summed, configs.FALLBACK, first=self._all, repair=True)
+            self._run(on, 1, on.cache.summed, configs.FALLBACK, first=self._all, repair=True)
 
     def describe(
         self, scratch: Scratch, params: Tensor, index: Tensor, change: Tensor, span: Tensor, K: int
@@ -222,15 +231,15 @@ class TransformerPlan:
                 **constants,
             )
 
-    def evaluate(self, where: tuple, out: Tensor, half: str = "both") -> None:
+    def evaluate(self, on: Operands, out: Tensor, half: str = "both") -> None:
         """What the K described trial points change of each part's summed loss: ``out`` (K, parts)
         float32."""
-        self._run(where, len(out), out, self.mode, half=half)
+        self._run(on, len(out), out, self.mode, half=half)
 
-    def evaluate_again(self, where: tuple, out: Tensor) -> None:
+    def evaluate_again(self, on: Operands, out: Tensor) -> None:
         """The same by ``FALLBACK`` of those whose results are not finite."""
         if self.repairs:
-            self._run(where, len(out), out, configs.FALLBACK, repair=True)
+            self._run(on, len(out), out, configs.FALLBACK, repair=True)
 
     def most(self, rows: Rows) -> int:
         """Trial points of one launch: what its kernels hand on should stay in the L2."""
@@ -243,7 +252,7 @@ class TransformerPlan:
 
     def _run(
         self,
-        where: tuple[Scratch, Cache, Tensor, Rows],
+        on: Operands,
         K: int,
         out: Tensor,
         mode: str,
@@ -254,11 +263,10 @@ class TransformerPlan:
     ) -> None:
         """Both halves of the model for K trial points; with ``first`` for the cache.
 
-        where: scratch, cache, parameters (N,) and the batch
         repair: only where ``out`` is not finite
         half: "blocks", "tail" or "both"
         """
-        scratch, cache, params, rows = where
+        scratch, cache, params, rows = on
         kinds = {"cache": first is not None, "repair": repair}
         staged = scratch.staged.view(torch.float16) if mode == "fp16x3" else scratch.staged
         # What fills the cache looks at ``first``, the others at none.

@@ -24,15 +24,17 @@ class Cuda:
     def Stream(self, device):
         return SimpleNamespace(name="side", wait_stream=lambda other: self.waits.append("side"))
 
-    def current_stream(self):
+    def current_stream(self, device=None):
         waits = self.waits
         return SimpleNamespace(name="caller", wait_stream=lambda other: waits.append("caller"))
 
     @contextmanager
     def stream(self, stream):
         before, self.current = self.current, stream.name
-        yield
-        self.current = before
+        try:
+            yield
+        finally:
+            self.current = before
 
     @contextmanager
     def graph(self, graph, *, stream, capture_error_mode):
@@ -60,7 +62,8 @@ class Cuda:
     def graphsafe_set_state(self, state):
         self.state = state
 
-    CUDAGraph = object
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: self.ran.append("replay"))
 
 
 @pytest.fixture
@@ -107,3 +110,31 @@ def test_a_failed_capture_leaves_nothing_behind(cuda, monkeypatch, version, stat
     with pytest.raises(RuntimeError, match="not permitted"):
         capture.captured(step, DEVICE)
     assert (cuda.current, cuda.state) == ("caller", state)
+
+
+def test_what_repeats_is_launched_once_then_recorded_and_replayed(cuda):
+    repeated = capture.Repeated(DEVICE)
+    for _ in range(3):
+        repeated(cuda.step)
+    launched, recorded = ("caller", "default", False), ("side", "default", True)
+    assert cuda.ran == [launched, recorded, "replay", "replay"]
+
+
+def test_what_repeats_on_the_cpu_runs_each_time():
+    ran, repeated = [], capture.Repeated(torch.device("cpu"))
+    for k in range(3):
+        repeated(lambda k=k: ran.append(k))
+    assert ran == [0, 1, 2]
+
+
+def test_work_beside_waits_for_what_was_before_and_is_waited_for(cuda):
+    beside = capture.Beside(DEVICE)
+    with pytest.raises(ZeroDivisionError), beside:
+        cuda.step()
+        1 / 0  # noqa: B018
+    cuda.step()
+    beside.join()
+    assert [where for where, *_ in cuda.ran] == ["side", "caller"]
+    assert cuda.waits == ["side", "caller"]
+    with capture.Beside(torch.device("cpu")) as nothing:
+        assert nothing is None

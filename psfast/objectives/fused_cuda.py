@@ -41,9 +41,9 @@ class FusedCudaObjective(FusedModelObjective):
 
     Losses are float64: the incumbent's plus a difference that the kernel computes, so that
     they are finer than the float32 loss itself. A trial point that cannot change the loss has
-    the incumbent's, bitwise. No method waits for the device, but for ``set_batch``. An index
-    outside [0, N) gives NaN. Parameters must be finite: where one is infinite the loss may be
-    NaN though the model's is not.
+    the incumbent's, bitwise. No method waits for the device, but for ``set_batch``, ``descend``
+    and, at its second use, what is recorded as a CUDA graph. An index outside [0, N) gives NaN.
+    Parameters must be finite: where one is infinite the loss may be NaN though the model's is not.
 
     Under ``TRITON_INTERPRET=1`` it runs, slowly, on the CPU.
 
