@@ -39,17 +39,33 @@ def test_interpreted():
 
 @interpreted
 def test_the_gpu_benchmark_runs_dry(tmp_path):
-    program = Path(__file__).parents[1] / "bench" / "gpu.py"
-    command = [sys.executable, str(program), "--dry-run", "--out", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    found = json.loads((tmp_path / "gpu.json").read_text())
+    found = dry_run("gpu", tmp_path)
     assert [stage for stage in found["stages"] if not stage["ok"]] == []
     assert all(record["ok"] for record in found["gate"])
     starts = {row["backend"] for row in found["rows"] if row["regime"] == "start"}
     assert starts == {"fused fp16x3", "fused tf32x3", "fused fp32", "batched", "graph"}
+    assert {row["backend"] for row in found["rows"] if row["regime"] == "rare"} == {
+        "fused fp16x3",
+        "fused tf32x3",
+        "fused fp32",
+    }
     assert {p["what"] for p in found["profiles"] if p["kernels"]} == {"complete poll", "start"}
+
+
+@interpreted
+def test_other_cuts_run_dry(tmp_path):
+    cuts = dry_run("gpu_tiles", tmp_path)["cuts"]
+    assert [(row["kernel"], row["cut"]["rows"]) for row in cuts] == [("blocks", 32), ("tail", 32)]
+
+
+def dry_run(name, folder) -> dict:
+    """What ``bench/NAME.py`` writes into the folder."""
+    program = Path(__file__).parents[1] / "bench" / f"{name}.py"
+    command = [sys.executable, str(program), "--dry-run", "--out", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads((folder / f"{name}.json").read_text())
 
 
 LOST = """
