@@ -21,7 +21,16 @@ from pathlib import Path
 import torch
 from gpu_gate import eager_losses, gate, gate_descent, passed
 from gpu_profile import profile
-from gpu_run import DEVICE, DRY, Case, Run, build, problem, synchronize  # first: it sets Triton
+from gpu_run import (  # first: it sets Triton
+    DEVICE,
+    DRY,
+    Case,
+    Run,
+    build,
+    build_all,
+    problem,
+    synchronize,
+)
 from harness import (
     RESULTS,
     ForcedOutcomes,
@@ -289,24 +298,12 @@ def measure(run: Run, case: Case, regimes: tuple[float, ...] = ()) -> None:
 
 
 def compile_all(run: Run, cases: list[Case]) -> None:
-    """Fill Triton's cache, all cases in processes of their own: they compile at the same time.
+    """Note which cases cannot be built, and have the kernels of the others compiled.
 
     The kernel of the supervised rows depends on how many there are, hence all batches.
     """
-    flags = ["--dry-run"] if DRY else []
-    running = [
-        subprocess.Popen([sys.executable, __file__, "--only-build", json.dumps(case), *flags])
-        for case in cases
-    ]
-    until = time.monotonic() + COMPILE_SECONDS
-    for case, process in zip(cases, running, strict=True):
-        try:
-            code = process.wait(timeout=max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            code = process.wait()
-        if code:
-            run.data["broken"].append(case.label)
+    codes = build_all(__file__, cases, COMPILE_SECONDS)
+    run.data["broken"] += [case.label for case, code in zip(cases, codes, strict=True) if code]
     if run.data["broken"]:
         raise RuntimeError(f"could not be built: {run.data['broken']}")
 

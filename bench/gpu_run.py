@@ -3,6 +3,7 @@
 import faulthandler
 import json
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -142,6 +143,21 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "gpu.json").write_text(json.dumps(self.data, indent=1) + "\n")
         (self.out / "gpu.txt").write_text(table(self.data))
+
+
+def build_all(program: str, cases: list, seconds: float) -> list[int]:
+    """Run ``program --only-build CASE`` for all cases at once, which fills Triton's cache by as
+    many processes; returns their exit statuses."""
+    command = [sys.executable, program, *(["--dry-run"] if DRY else []), "--only-build"]
+    running = [subprocess.Popen([*command, json.dumps(case)]) for case in cases]
+    until, codes = time.monotonic() + seconds, []
+    for process in running:
+        try:
+            process.wait(timeout=max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        codes.append(process.wait())
+    return codes
 
 
 def describe() -> dict:

@@ -10,14 +10,13 @@ matters.
 import argparse
 import contextlib
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
 from gpu_profile import spent_by
-from gpu_run import DRY, LENGTHS, build, describe, problem  # first: it sets Triton
+from gpu_run import DRY, LENGTHS, build, build_all, describe, problem  # first: it sets Triton
 from harness import RESULTS, SIZES, poll_block
 from psfast.kernels.configs import BLOCKS, TAILS, Cut, padded_positions
 
@@ -110,19 +109,6 @@ def measure(size: str, batch: int, kernel: str, objective) -> tuple[float, torch
     return sum(us for us, _, name in spent if name == f"run_{kernel}") / count / 1e6, losses
 
 
-def compile_all(todo: list[tuple[str, str, Cut]], seconds: float) -> None:
-    """Fill Triton's cache, each in a process of its own: they compile at the same time."""
-    flags = ["--dry-run"] if DRY else []
-    command = [sys.executable, __file__, *flags, "--only-build"]
-    running = [subprocess.Popen([*command, json.dumps(case)]) for case in todo]
-    until = time.monotonic() + seconds
-    for process in running:
-        try:
-            process.wait(timeout=max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -144,7 +130,7 @@ def main() -> int:
     until = time.monotonic() + args.seconds
     todo = [case for case in candidates() if case[0] in args.sizes]
     if not DRY:
-        compile_all(todo, args.seconds / 2)
+        build_all(__file__, todo, args.seconds / 2)
     found = {"machine": describe(), "cuts": []}
     usual = {}
     for size, kernel, cut in todo:
