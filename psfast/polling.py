@@ -150,7 +150,9 @@ class WorkingSetPoll:
             return []
         slope = (losses - incumbent) / delta
         measured = search_simplex.measure(self._window, self._place, slope, self.settings)
-        noise = 2 * torch.finfo(delta.dtype).eps * abs(incumbent) / delta.abs()
+        # A small loss is known more finely than this, but slopes so small need not be amplified.
+        size = max(1.0, abs(incumbent))
+        noise = 2 * torch.finfo(delta.dtype).eps * size / delta.abs()
         along = search_simplex.direction(measured, self._place, noise, self.settings)
         if self.settings.decay:
             along = along - self.settings.decay * self._values_at(index)

@@ -181,7 +181,8 @@ def measure(window: Window, place: Tensor, slope: Tensor, settings: SimplexGradi
 def direction(window: Window, place: Tensor, noise: Tensor, settings: SimplexGradient) -> Tensor:
     """Downhill at ``place`` (K,): minus the mean difference over its root mean square.
 
-    noise: (K,) what rounding alone makes of a difference; slopes below it are not amplified
+    noise: (K,) slopes below it are not amplified: what rounding makes of a difference where the
+        loss is of order one (Adam's epsilon; without it small losses fall more slowly)
 
     Returns (K,), each in about [-1, 1]; 0 where nothing was measured.
     """
