@@ -326,7 +326,8 @@ def main() -> int:
         print("no CUDA device; --dry-run checks this program on the CPU", file=sys.stderr)
         return 2
     if args.only_build:
-        only_build(Case(*args.only_build))
+        case = Case(*args.only_build)
+        build(case.backend, problem(case.size, case.batch, case.dropout))
     elif args.until:
         run_jobs(Run(args.out, args.until, args.goes_on), args.sizes)
     else:
@@ -344,10 +345,6 @@ def supervise(out: Path, until: float, sizes: list[str]) -> int:
         print(f"exit status {status}: going on in a new process", flush=True)
         status, started = subprocess.run([*command, "--goes-on"]).returncode, started + 1
     return status
-
-
-def only_build(case: Case) -> None:
-    build(case.backend, problem(case.size, case.batch, case.dropout))
 
 
 def run_jobs(run: Run, sizes: list[str]) -> None:

@@ -72,17 +72,15 @@ _DIVISIBLE = ("R",)
 class Case(NamedTuple):
     """One kernel to compile.
 
-    registers: the most a thread may take, 0: any number
+    options: of the launch
     spills: bytes that a thread may spill, None: any number
     """
 
     name: str
     function: str
     constants: dict
-    warps: int
-    stages: int
+    options: dict
     arch: int
-    registers: int = 0
     spills: int | None = 0
 
 
@@ -137,9 +135,7 @@ def _case(name: str, function: str, cut: configs.Cut, constants: dict, capabilit
     mode = constants["MODE"]
     # The cache is filled once an accept, by few programs: a spill there costs nothing.
     spills = cut.spills if mode == DEFAULT_MODE and not constants["CACHE"] else None
-    registers = configs.options(cut, mode).get("maxnreg", 0)
-    arch = capability * 10
-    return Case(name, function, constants, cut.warps, cut.stages, arch, registers, spills)
+    return Case(name, function, constants, configs.options(cut, mode), capability * 10, spills)
 
 
 def cases() -> Iterator[Case]:
@@ -147,18 +143,19 @@ def cases() -> Iterator[Case]:
 
     "tf32x3" itself is the repair without its test for what to repair.
     """
+    usual = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
     for arch in SHARED_MEMORY:
-        yield Case("reduce", "reduce_losses", {"BLOCK": 128}, 4, 2, arch)
+        yield Case("reduce", "reduce_losses", {"BLOCK": 128}, usual, arch)
         scale = {"SCALE": configs.WEIGHT_SCALE, "BLOCK": 1024}
-        yield Case("pack", "pack", scale, 4, 2, arch)
-        rounds = {"ROUNDS": len(search.permutation(0, 0, 1)[0]), "BLOCK": 512}
-        yield Case("draw", "draw", rounds, 4, 2, arch)
+        yield Case("pack", "pack", scale, usual, arch)
+        rounds = {"ROUNDS": len(search.permutation(0, 0, 1)[0]), "BLOCK": order.BLOCK}
+        yield Case("draw", "draw", rounds, usual, arch)
         sizes = transformer_sizes(64, 16)
         config = configs.choose_config(sizes, arch // 10, DEFAULT_MODE)
         constants = configs.describe_constants(sizes, config)
-        yield Case("describe", "describe", constants, 4, 2, arch)
+        yield Case("describe", "describe", constants, usual, arch)
         constants = configs.take_first_constants(sizes, config, 32)
-        yield Case("take first", "take_first", constants, 1, 2, arch)
+        yield Case("take first", "take_first", constants, usual | {"num_warps": 1}, arch)
     tails = [(*key, V) for key in configs.TAILS for V in (102, 300)]  # at once, and in parts
     for case, keys in ((blocks_case, configs.BLOCKS), (tail_case, tails)):
         for key in keys:
@@ -186,12 +183,7 @@ def compile_case(case: Case) -> Result:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", case.arch, 32),
-        options={
-            "num_warps": case.warps,
-            "num_stages": case.stages,
-            "enable_fp_fusion": True,
-            **({"maxnreg": case.registers} if case.registers else {}),
-        },
+        options=case.options,
     )
     found = read_ptxas(compiled.asm["ptx"], case.arch, compiled.metadata.shared)
     return found._replace(repeat=most_repeated(compiled.asm["ttgir"]))
@@ -243,7 +235,7 @@ def report(chosen: Iterable[Case]) -> list[str]:
             found = result.faults(case)
             faults += [f"sm_{case.arch} {case.name}: {fault}" for fault in found]
             print(
-                f"sm_{case.arch} {case.name:46} {case.warps:5} {result.registers:5} "
+                f"sm_{case.arch} {case.name:46} {case.options['num_warps']:5} {result.registers:5} "
                 f"{result.spill:6} {result.shared:8} {result.repeat:6g} "
                 f"{'; '.join(found)}".rstrip(),
                 flush=True,

@@ -33,7 +33,7 @@ class DescentLoop:
     """A few blocks of a descent, on a GPU captured as a CUDA graph, and the loop around it.
 
     block: trial points of a block
-    plan, cache, params, rows: as of ``TransformerPlan.losses``. The graph reads and writes them
+    plan, cache, params, rows: as of ``evaluation.Refresh``. The graph reads and writes them
     where they are now: with other ones (``parts`` has these) another loop is needed.
     """
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 512
+BLOCK = 512
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def draw(
     index = torch.empty(count, dtype=torch.int64, device=like.device)
     sign = torch.empty(count, dtype=like.dtype, device=like.device)
     with torch.cuda.device_of(like):
-        draw_kernel[(-(-count // _BLOCK),)](
+        draw_kernel[(-(-count // BLOCK),)](
             index,
             sign,
             torch.tensor(keys, device=like.device),
@@ -64,6 +64,6 @@ def draw(
             total,
             *sides,
             ROUNDS=len(keys),
-            BLOCK=_BLOCK,
+            BLOCK=BLOCK,
         )
     return index, sign
