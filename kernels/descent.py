@@ -24,7 +24,7 @@ def block_size(plan: TransformerPlan, rows: Rows, gap: float, overhead: float) -
     """
     sizes = _BLOCKS if plan.device.type == "cuda" else _INTERPRETED_BLOCKS
     at_once = max(4, PROGRAMS // rows.groups)
-    best = max(min(0.8 * gap, math.sqrt(0.4 * overhead * gap)), min(at_once, 2.0 * gap))
+    best = max(min(0.8 * gap, math.sqrt(0.12 * overhead * gap)), min(at_once, 2.0 * gap))
     suits = min(sizes, key=lambda size: abs(math.log(size / best)))
     return min(suits, plan.most(rows))  # one launch, which `take_first` looks into
 

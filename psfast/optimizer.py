@@ -60,6 +60,19 @@ class PollReport(NamedTuple):
     seconds: float
 
 
+class _Block(NamedTuple):
+    """Trial points that are being evaluated.
+
+    index, delta: (K,) of them; losses: (K',), K' <= K
+    arrived: when ``losses`` are on the CPU, where they are on their way to it
+    """
+
+    index: Tensor
+    delta: Tensor
+    losses: Tensor
+    arrived: torch.cuda.Event | None
+
+
 class _Group(dict):
     """A param group that tells learning-rate schedulers why they find no "lr" in it."""
 
@@ -229,35 +242,40 @@ class PatternSearch(torch.optim.Optimizer):
 
     def _step(self, objective: Objective, started: float) -> Tensor:
         self._evaluate_incumbent(objective)
-        before, radius, accepted, speculated, failed = self._poll, self.radius, [], 0, False
+        before, radius, accepted, evaluated, failed = self._poll, self.radius, [], 0, False
         accepts = 0  # a point of the search is one, whatever it changes
         is_stale = False  # whether the incumbent's loss is only as its trial point had it
+        ahead: _Block | None = None  # comes next, and is under way
         while accepts < self.max_accepts and not failed:
-            descends = self._descends(objective)
-            size = self._block_size(objective, before, descends)
+            size = self._block_size(objective, self._poll, before)
             if size < 1:
                 break
             if is_stale:
                 self._evaluate_incumbent(objective)
                 is_stale = False
             radius = max(radius, self.radius)
-            index, sign = self._rule.block(self._poll, size)
-            delta = sign * self._radius_of(index)
-            if descends:
+            block_started = time.perf_counter()
+            if self._descends(objective, self._poll):
                 most = self.max_accepts - accepts
-                decisions, changes, evaluated = self._descend(objective, index, delta, most)
+                decision, changes, count = self._descend(objective, size, most)
                 accepts += len(changes)
             else:
-                decisions, changes, evaluated = self._poll_block(objective, index, delta)
+                block = ahead or self._begin_block(objective, self._poll, size)
+                ahead = self._look_ahead(objective, before, block)
+                decision, changes, count = self._poll_block(objective, block)
                 accepts += bool(changes)
                 is_stale = bool(changes) and not objective.keeps_losses
+            seconds = time.perf_counter() - block_started
+            self._seconds_per_point = max(1e-9, seconds / max(1, count))
+            if ahead and changes:
+                count += len(ahead.losses)
+                ahead = None
             accepted += changes
-            speculated += evaluated - sum(decision.decided for decision in decisions)
-            for decision in decisions:
-                failed = self._commit(decision)
+            evaluated += count
+            failed = decision is not None and self._commit(decision)
             self._tell_progress(started)
         self._flat.changed()  # what the step itself wrote is nobody else's change
-        return self._report(started, before, radius, accepted, speculated, failed)
+        return self._report(started, before, radius, accepted, evaluated, failed)
 
     def _objective(self, closure: Callable | Objective) -> Objective:
         """One type for the core: a plain closure becomes a ``SerialObjective``."""
@@ -354,21 +372,32 @@ class PatternSearch(torch.optim.Optimizer):
     def _restart_poll(self) -> None:
         self._poll = self._poll._replace(tried=0, nan=0, window_tried=0)
 
-    def _descends(self, objective: Objective) -> bool:
-        """Whether the objective is to accept by itself what comes next."""
+    def _descends(self, objective: Objective, poll: PollState) -> bool:
+        """Whether the objective is to accept by itself what comes next at ``poll``."""
         return (
             objective.descends
             and self.max_accepts > 1
             and self.acceptance == "first"
             and self.search is None
             and self.expand == 1.0  # else the radius moves with every accepted one
-            and search.current_gap(self._poll) <= objective.largest_gap
+            and search.current_gap(poll) <= objective.largest_gap
         )
 
-    def _block_size(self, objective: Objective, before: PollState, descends: bool) -> int:
-        """Trial points to evaluate next; 0 when the step's ``max_evaluations`` are used up."""
-        poll, total = self._poll, 2 * self._flat.size
-        left = total - poll.tried
+    def _looks_ahead(self, objective: Objective, poll: PollState) -> bool:
+        """Whether blocks are evaluated while the ones before them are decided.
+
+        Where one improves, the next one was for nothing: worth it where that is rare.
+        """
+        return (
+            objective.is_asynchronous
+            and self.acceptance == "first"
+            and self.search is None
+            and search.current_gap(poll) > 2.0 * objective.overhead
+        )
+
+    def _block_size(self, objective: Objective, poll: PollState, before: PollState) -> int:
+        """Trial points to evaluate at ``poll``; 0 when ``max_evaluations`` are used up."""
+        left = 2 * self._flat.size - poll.tried
         if self.max_evaluations is not None:
             left = min(left, before.evaluations + self.max_evaluations - poll.evaluations)
         left = min(left, self._rule.most(poll))
@@ -381,10 +410,16 @@ class PatternSearch(torch.optim.Optimizer):
         # Blocks of a fraction of a second keep progress and Ctrl-C alive. Under "first" the
         # size of a block decides nothing, so the clock may have a say in it.
         timely = max(1, int(_BLOCK_SECONDS / self._seconds_per_point))
-        if descends:
+        if self._descends(objective, poll):
             return min(left, timely, _LARGEST_DESCENT)
-        size = search.block_size(poll, objective.overhead, objective.at_once)
+        ahead = self._looks_ahead(objective, poll)
+        size = search.block_size(poll, objective.overhead, objective.at_once, ahead)
         return min(left, timely, _LARGEST_BLOCK, size)
+
+    def _trial_points(self, poll: PollState, count: int) -> tuple[Tensor, Tensor]:
+        """index and delta (count,) of the next trial points."""
+        index, sign = self._rule.block(poll, count)
+        return index, sign * self._radius_of(index)
 
     def _radius_of(self, index: Tensor) -> float | Tensor:
         """The radius of all coordinates, or (K,) of each where the groups' differ."""
@@ -398,27 +433,51 @@ class PatternSearch(torch.optim.Optimizer):
         bounds = torch.tensor(self._flat.offsets[1:], device=index.device)
         return radii[torch.bucketize(index, bounds, right=True)]
 
-    def _poll_block(self, objective: Objective, index: Tensor, delta: Tensor) -> tuple:
-        """Evaluate a block and accept at most one change; as ``_descend``."""
-        bar, whole = self._bar(self.decrease), self._rule.whole_blocks
-        started = time.perf_counter()
-        stop_below = bar if self.acceptance == "first" and not whole else None
+    def _begin_block(self, objective: Objective, poll: PollState, size: int) -> _Block:
+        """Have the next ``size`` trial points evaluated; may not wait for their losses."""
+        index, delta = self._trial_points(poll, size)
+        may_stop = self.acceptance == "first" and not self._rule.whole_blocks
+        stop_below = self._bar(self.decrease) if may_stop else None
         losses = objective.losses(index, delta, stop_below=stop_below)
-        self._note_seconds(started, len(losses))
+        arrived = None
         if self._rule.whole_blocks:  # all of them matter, where the search counts
             losses = losses.to(index.device)
+        elif losses.is_cuda and self._looks_ahead(objective, poll):
+            # What comes from there now does not wait for the next block, as it would later.
+            losses, device = losses.to("cpu", non_blocking=True), losses.device
+            arrived = torch.cuda.current_stream(device).record_event()
+        return _Block(index, delta, losses, arrived)
+
+    def _look_ahead(self, objective: Objective, before: PollState, block: _Block) -> _Block | None:
+        """What comes next if ``block`` fails, under way before that is known; or None."""
+        if not self._looks_ahead(objective, self._poll):
+            return None
+        failure = Decision(None, math.nan, len(block.index), 0)
+        poll, has_ended = self._rule.advance(self._poll, failure)
+        if has_ended or self._descends(objective, poll):
+            return None
+        size = self._block_size(objective, poll, before)
+        return self._begin_block(objective, poll, size) if size else None
+
+    def _poll_block(self, objective: Objective, block: _Block) -> tuple:
+        """Decide a block and accept at most one change: the decision, what changed, and how many
+        trial points were evaluated."""
+        index, delta, losses, arrived = block
+        if arrived is not None:
+            arrived.synchronize()
         points = self._rule.points(self._poll, index, delta, losses)
-        decision = self._decide(objective, losses, points, bar)
+        decision = self._decide(objective, losses, points)
         changes = []
         if decision.success:
             changes = self._accept(objective, index, delta, points, decision)
         self._poll = self._poll._replace(evaluations=self._poll.evaluations + len(points))
-        return [decision], changes, len(losses)
+        return decision, changes, len(losses) + len(points)
 
-    def _descend(self, objective: Objective, index: Tensor, delta: Tensor, most: int) -> tuple:
-        """Let the objective accept by itself: decisions, changes, trial points evaluated."""
-        poll, started = self._poll, time.perf_counter()
-        descent = objective.descend(
+    def _descend(self, objective: Objective, size: int, most: int) -> tuple:
+        """Let the objective accept by itself; returns as ``_poll_block``, with the decision on what
+        failed behind the last accepted trial point, if there is any."""
+        poll, (index, delta) = self._poll, self._trial_points(self._poll, size)
+        losses, places, incumbents, evaluated = objective.descend(
             index,
             delta,
             incumbent=poll.incumbent,
@@ -426,17 +485,16 @@ class PatternSearch(torch.optim.Optimizer):
             most=most,
             gap=search.current_gap(poll),
         )
-        self._note_seconds(started, len(descent.losses))
-        places = torch.tensor(descent.places, dtype=torch.int64, device=index.device)
+        self._poll = search.advance_through(poll, places, incumbents, 2 * self._flat.size)
+        rest, decision = losses[places[-1] + 1 if places else 0 :], None
+        if len(rest):
+            decision = Decision(None, math.nan, len(rest), int(rest.isnan().sum()))
+        places = torch.tensor(places, dtype=torch.int64, device=index.device)
         kept = index[places].tolist(), delta[places].tolist()
-        decisions = search.decisions(descent.losses, descent.places, descent.incumbents)
-        return decisions, list(zip(*kept, strict=True)), descent.evaluated
+        return decision, list(zip(*kept, strict=True)), evaluated
 
-    def _note_seconds(self, started: float, points: int) -> None:
-        self._seconds_per_point = max(1e-9, (time.perf_counter() - started) / points)
-
-    def _decide(self, objective: Objective, losses: Tensor, points: list, bar: float) -> Decision:
-        decision = _ACCEPTANCES[self.acceptance](losses, bar)
+    def _decide(self, objective: Objective, losses: Tensor, points: list) -> Decision:
+        decision = _ACCEPTANCES[self.acceptance](losses, self._bar(self.decrease))
         if self._rule.whole_blocks:
             decision = decision._replace(decided=len(losses))
         if not points:
@@ -482,11 +540,12 @@ class PatternSearch(torch.optim.Optimizer):
             self.progress(self._poll.tried, 2 * self._flat.size)
 
     def _report(
-        self, started, before, radius=None, accepted=(), speculated=0, failed=False
+        self, started, before, radius=None, accepted=(), evaluated=0, failed=False
     ) -> Tensor:
+        decided = self._poll.evaluations - before.evaluations
         self.last_poll = PollReport(
-            evaluations=self._poll.evaluations - before.evaluations,
-            speculated=speculated,
+            evaluations=decided,
+            speculated=evaluated - decided,
             accepted=list(accepted),
             loss_before=before.incumbent,
             loss_after=self._poll.incumbent,

@@ -223,22 +223,6 @@ def kept_places(losses: Sequence[float], incumbent: float, margin: float, most: 
     return places
 
 
-def decisions(losses: Tensor, places: Sequence[int], incumbents: Sequence[float]) -> list[Decision]:
-    """A descent in parts: one decision for each accepted trial point, one for what fails behind.
-
-    losses: (K,) of all that were decided; places: of the accepted ones; incumbents: the loss
-    after each
-    """
-    nan, parts, start = losses.isnan().tolist(), [], 0
-    for place, loss in zip(places, incumbents, strict=True):
-        decided = place + 1 - start
-        parts.append(Decision(place - start, loss, decided, sum(nan[start : place + 1])))
-        start = place + 1
-    if start < len(nan):
-        parts.append(Decision(None, math.nan, len(nan) - start, sum(nan[start:])))
-    return parts
-
-
 def acceptance_margin(radius: float, decrease: float, floor: float) -> float:
     """How much lower than the incumbent's a loss must be: decrease radius^2 + floor.
 
@@ -298,16 +282,22 @@ def current_gap(state: PollState) -> float:
     return float(state.tried) if state.tried > 8 * state.mean_gap else state.mean_gap
 
 
-def block_size(state: PollState, overhead: float = 8.0, at_once: int = 1) -> int:
+def block_size(
+    state: PollState, overhead: float = 8.0, at_once: int = 1, ahead: bool = False
+) -> int:
     """How many trial points to evaluate next: few while much improves, many while nothing does.
 
     overhead: what a block costs beside its trial points, in trial points
     at_once: trial points that take no longer than one
+    ahead: whether the next block is evaluated while this one is decided
 
     Half of a block that succeeds is thrown away, so with acceptance probability p about
     sqrt(2 overhead / p) trial points cost least, and no more than about 1/p. While nothing
-    improves, blocks grow with the number of failures.
+    improves, blocks grow with the number of failures. What is evaluated ahead is thrown away
+    with them, but hides what they cost beside their trial points if it takes longer.
     """
+    if ahead:
+        return max(at_once, round(1.5 * overhead), state.tried // 16)
     gap = current_gap(state)
     return max(at_once, round(min(0.8 * gap, math.sqrt(2.0 * overhead * gap))), state.tried // 4)
 
@@ -332,6 +322,31 @@ def advance(state: PollState, decision: Decision, total: int) -> tuple[PollState
     if tried < total:
         return state, False
     return end_poll(state)._replace(order=state.order + 1, position=0, mean_gap=float(total)), True
+
+
+def advance_through(
+    state: PollState, places: Sequence[int], incumbents: Sequence[float], total: int
+) -> PollState:
+    """The state behind the accepted trial points of a descent: ``advance`` of each, at once.
+
+    places: theirs among the descent's trial points; incumbents: the loss after each
+    """
+    if not places:
+        return state
+    gap, start = state.mean_gap, -state.tried
+    for place in places:
+        gap = 0.7 * gap + 0.3 * (place + 1 - start)
+        start = place + 1
+    return state._replace(
+        position=(state.position + start) % total,
+        tried=0,
+        nan=0,
+        polls=state.polls + len(places),
+        evaluations=state.evaluations + start,
+        incumbent=incumbents[-1],
+        mean_gap=gap,
+        window_tried=0,
+    )
 
 
 def end_poll(state: PollState) -> PollState:

@@ -190,3 +190,28 @@ def test_a_captured_descent_takes_the_serial_steps(B):
         del state["incumbent"]
         runs.append((accepted, state, objective().item()))
     assert runs[0] == runs[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("B", [4, 64])
+def test_a_poll_that_looks_ahead_takes_the_serial_steps(B):
+    runs = []
+    for looks_ahead in (False, True):
+        torch.manual_seed(0)
+        model = psfast.DecoderOnlyTransformer(dropout=0.0).cuda()
+        inputs = torch.randint(102, (B, 16), device="cuda")
+        targets = torch.randint(99, (B, 16), device="cuda")
+        objective = FusedCudaObjective(model, psfast.MaskedCrossEntropy(), inputs, targets)
+        objective.is_asynchronous = looks_ahead
+        optimizer = psfast.PatternSearch(objective.params, decrease=0.05, block_size=64)
+        state = optimizer.state_dict()
+        state["search"]["mean_gap"] = 1e6  # as if hardly anything had improved
+        optimizer.load_state_dict(state)
+        reports = []
+        for _ in range(8):
+            optimizer.step(objective)
+            reports.append(optimizer.last_poll)
+        assert all((report.speculated >= 64) == looks_ahead for report in reports)
+        accepted = [report.accepted for report in reports]
+        runs.append((accepted, optimizer.state_dict()["search"], objective().item()))
+    assert runs[0] == runs[1]

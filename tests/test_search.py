@@ -8,14 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psfast.search import (
+    Decision,
     PollState,
     acceptance_bar,
     acceptance_margin,
     advance,
+    advance_through,
     best_improvement,
     block_size,
     coordinates,
-    decisions,
     derive_seed,
     first_improvement,
     kept_places,
@@ -179,15 +180,19 @@ def test_a_descent_in_parts():
     assert kept_places(losses, 5.0, 0.2, 9) == [2, 6]
     assert kept_places(losses, 5.0, 0.0, 2) == [2, 3]
     assert kept_places(losses, nan, 0.0, 9) == [0, 2, 3, 6]
-    parts = decisions(torch.tensor(losses), [2, 3, 6], [4.5, 4.4, 3.0])
-    assert [(d.chosen, d.loss, d.decided, d.nan) for d in parts[:3]] == [
-        (2, 4.5, 3, 1),
-        (0, 4.4, 1, 0),
-        (2, 3.0, 3, 1),
-    ]
-    assert (parts[3].chosen, parts[3].decided, parts[3].nan) == (None, 1, 0)
-    assert decisions(torch.tensor([1.0]), [0], [1.0])[0].success
-    assert len(decisions(torch.tensor([1.0]), [0], [1.0])) == 1
+
+
+@pytest.mark.parametrize("places", [[], [0], [2, 3, 6], [0, 1, 2, 11]])
+def test_advancing_through_a_descent_is_advancing_by_each_of_its_parts(places):
+    total, incumbents = 40, [4.0 - 0.1 * place for place in places]
+    state = PollState(position=33, tried=5, nan=2, incumbent=5.0, mean_gap=2.7, noise=1e-9, lap=1)
+    one_by_one, start = state, 0
+    for place, loss in zip(places, incumbents, strict=True):
+        decision = Decision(place - start, loss, place + 1 - start, 1)
+        one_by_one, failed = advance(one_by_one, decision, total)
+        assert not failed
+        start = place + 1
+    assert advance_through(state, places, incumbents, total) == one_by_one
 
 
 @given(st.integers(0, 2**32), st.sampled_from([1e-9, 1e-3, 10.0]), st.integers(6, 16))

@@ -41,6 +41,7 @@ class Objective:
     at_once: trial points that take no longer than one
     descends: whether it has ``descend``
     largest_gap: trial points between two accepted ones, about, up to which that is faster
+    is_asynchronous: whether ``losses`` leaves a device to work and returns before it is done
     keeps_losses: whether an accepted trial point's loss is, to the bit, the incumbent's from then
         on; where it is not, the search asks for the latter
 
@@ -53,6 +54,7 @@ class Objective:
     at_once = 1
     descends = False
     largest_gap = 64.0
+    is_asynchronous = False
     keeps_losses = False
     inputs = targets = None
     _checksum: int | None = None
