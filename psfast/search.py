@@ -293,12 +293,13 @@ def block_size(
 
     Half of a block that succeeds is thrown away, so with acceptance probability p about
     sqrt(2 overhead / p) trial points cost least, and no more than about 1/p. While nothing
-    improves, blocks grow with the number of failures. What is evaluated ahead is thrown away
-    with them, but hides what they cost beside their trial points if it takes longer.
+    improves, blocks grow with the number of failures. With ``ahead`` the next block goes with
+    it; but most of what one costs beside its trial points is hidden behind them, if they take
+    longer.
     """
-    if ahead:
-        return max(at_once, round(1.5 * overhead), state.tried // 16)
     gap = current_gap(state)
+    if ahead:
+        return max(at_once, round(max(1.5 * overhead, math.sqrt(0.05 * overhead * gap))))
     return max(at_once, round(min(0.8 * gap, math.sqrt(2.0 * overhead * gap))), state.tried // 4)
 
 

@@ -127,8 +127,9 @@ def test_an_error_ahead_loses_nothing(monkeypatch):
 
 
 def test_blocks_ahead_hide_what_they_cost():
-    """Small ones do, so that little is lost with an improvement; they grow, but slowly."""
-    assert block_size(PollState(mean_gap=1e6), overhead=1000.0, ahead=True) == 1500
-    assert block_size(PollState(mean_gap=1e6), overhead=1.0, at_once=64, ahead=True) == 64
-    state = PollState(mean_gap=1e6, tried=160_000)
+    """Small ones do, so that little is lost with an improvement; they grow where that is rare."""
+    assert block_size(PollState(mean_gap=3000.0), overhead=1000.0, ahead=True) == 1500
+    assert block_size(PollState(mean_gap=3000.0), overhead=1.0, at_once=64, ahead=True) == 64
+    assert block_size(PollState(mean_gap=2e6), overhead=1000.0, ahead=True) == 10_000
+    state = PollState(mean_gap=10.0, tried=2_000_000)
     assert block_size(state, overhead=1000.0, ahead=True) == 10_000
