@@ -116,7 +116,9 @@ class Synchronized(ForcedOutcomes):
         return outcomes
 
 
-def complete_poll(run: Run, objective, size: str, batch: int, backend: str) -> None:
+def complete_poll(
+    run: Run, objective, size: str, batch: int, backend: str, regime: str = "complete poll"
+) -> None:
     """Nothing improves; all 2N trial points, or as many as the budget allows."""
     total = 2 * objective.flat.size
     optimizer = where_polls_fail(objective.params)  # goes on where it was
@@ -130,12 +132,21 @@ def complete_poll(run: Run, objective, size: str, batch: int, backend: str) -> N
     run.row(
         size,
         batch,
-        "complete poll",
+        regime,
         backend,
         seconds,
         points=count,
         whole_poll_ms=seconds * total * 1e3,
     )
+
+
+def one_block_at_a_time(run: Run, objective, *about) -> None:
+    """The complete poll without the next block under way while one is decided."""
+    objective.is_asynchronous = False
+    try:
+        complete_poll(run, objective, *about, regime="block by block")
+    finally:
+        objective.is_asynchronous = True
 
 
 def where_polls_fail(params) -> psfast.PatternSearch:
@@ -282,6 +293,8 @@ def measure(run: Run, case: Case, regimes: tuple[float, ...] = ()) -> None:
         return
     run.stage(f"{case.label}: losses", device_time, *about, backend)
     run.stage(f"{case.label}: complete poll", complete_poll, *about, backend)
+    if objective.is_asynchronous:
+        run.stage(f"{case.label}: block by block", one_block_at_a_time, *about, backend)
     for p in regimes:
         run.stage(f"{case.label}: p = {p:g}", with_accepts, *about, backend, p)
     if backend in run.data["descends"] or not objective.descends:
@@ -393,13 +406,13 @@ def run_jobs(run: Run, sizes: list[str]) -> None:
                 if (work, size, batch) != (eager_loop, small, few):  # the first number
                     job(name, run.stage, name, work, run, size, batch)
             measured(Case(fused, size, batch))
+    if fused in usable:
+        for case in (*dropped, *other_modes):
+            measured(case)
     for size in sizes:
         for backend in DEFAULTS[1:]:
             for batch in batches:
                 measured(Case(backend, size, batch))
-        if size == small and fused in usable:
-            for case in (*dropped, *other_modes):
-                measured(case)
     run.save()
     print((run.out / "gpu.txt").read_text())
 
