@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
 from psfast.flat import same_parameters, trainable
+from psfast.notices import warn_caller
 from psfast.objectives import BACKENDS, objective
 from psfast.objectives.base import CompositeLoss, Objective
 from psfast.random_state import draws
@@ -233,11 +234,9 @@ class BatchObjectives:
         elif not self._warned:
             self._warned = True
             reason = found.why_not.get(first.backend, "it refuses the batch")
-            warnings.warn(
+            warn_caller(
                 f"a batch is evaluated by {found.backend!r}, not by {first.backend!r} as those "
-                f"before: {reason}",
-                UserWarning,
-                stacklevel=4,
+                f"before: {reason}"
             )
         return found
 

@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,7 +17,8 @@ from psfast.flat import (
     same_parameters,
     trainable,
 )
-from psfast.objectives.base import Objective
+from psfast.notices import warn_caller
+from psfast.objectives.base import Descent, Objective
 from psfast.objectives.serial import SerialObjective
 from psfast.polling import CompletePoll, WorkingSetPoll
 from psfast.search import Decision, PollState
@@ -30,7 +30,7 @@ _BEST_BLOCK = 256
 _SEARCH_BLOCK = 256
 _BLOCK_SECONDS = 0.25
 _PROGRESS_SECONDS = 0.1
-_NOT_COPIED = ("progress", "step", "_flat", "_serial", "_rule")
+_NOT_COPIED = ("progress", "step", "_flat", "_serial", "_spread", "_rule")
 _NOISE_POINTS = 8
 _ACCEPTANCES = {
     "first": search.first_improvement,
@@ -109,7 +109,7 @@ class PatternSearch(torch.optim.Optimizer):
         line, before the first poll and after every failed one (Moré & Wild 2011).
     min_radius: below it, a radius counts as converged; when all are, ``step`` is free
     max_evaluations: most trial points decided in one step; None: until accepted or failed. The
-        points of a ``search`` come on top.
+        points of a ``search`` count too, but those of the last block come on top.
     max_accepts: changes accepted in one step, on its one batch and dropout mask. Where many trial
         points are lower, as in early training, 100 cost far less so than in a step each. A point
         of a ``search`` counts as one, however many coordinates it changes.
@@ -176,7 +176,7 @@ class PatternSearch(torch.optim.Optimizer):
         self.last_poll: PollReport | None = None
         self._poll = PollState()
         self._loss_dtype = torch.float64
-        self._seconds_per_point = 1e-3
+        self._seconds_per_point: float | None = None
         self._told = 0.0
         self._attach()
         self._fingerprint: int | None = None
@@ -238,10 +238,15 @@ class PatternSearch(torch.optim.Optimizer):
         if self.converged and self._poll.incumbent is not None:
             return self._report(started, self._poll)
         with objective.undisturbed():
-            return self._step(objective, started)
+            try:
+                return self._step(objective, started)
+            finally:
+                self._flat.changed()  # what the step itself wrote is nobody else's change
 
     def _step(self, objective: Objective, started: float) -> Tensor:
         self._evaluate_incumbent(objective)
+        if self._seconds_per_point is None:
+            self._seconds_per_point = time.perf_counter() - started
         before, radius, accepted, evaluated, failed = self._poll, self.radius, [], 0, False
         accepts = 0  # a point of the search is one, whatever it changes
         is_stale = False  # whether the incumbent's loss is only as its trial point had it
@@ -267,14 +272,13 @@ class PatternSearch(torch.optim.Optimizer):
                 is_stale = bool(changes) and not objective.keeps_losses
             seconds = time.perf_counter() - block_started
             self._seconds_per_point = max(1e-9, seconds / max(1, count))
-            if ahead and changes:
+            if ahead and (changes or decision.decided < len(block.index)):
                 count += len(ahead.losses)
                 ahead = None
             accepted += changes
             evaluated += count
             failed = decision is not None and self._commit(decision)
             self._tell_progress(started)
-        self._flat.changed()  # what the step itself wrote is nobody else's change
         return self._report(started, before, radius, accepted, evaluated, failed)
 
     def _objective(self, closure: Callable | Objective) -> Objective:
@@ -328,6 +332,7 @@ class PatternSearch(torch.optim.Optimizer):
 
     def _begin(self) -> None:
         self._serial: SerialObjective | None = None
+        self._spread: tuple | None = None
         self._rule = self._new_rule(self.seed)
 
     def _new_rule(self, seed: int) -> CompletePoll | WorkingSetPoll:
@@ -425,13 +430,19 @@ class PatternSearch(torch.optim.Optimizer):
         """The radius of all coordinates, or (K,) of each where the groups' differ."""
         if len(self.param_groups) == 1:
             return self.radius
-        buffer = self._flat.buffer
-        radius_of = {p: g["radius"] for g in self.param_groups for p in g["params"]}
-        radii = torch.tensor(
-            [radius_of[p] for p in self._params], dtype=buffer.dtype, device=index.device
-        )
-        bounds = torch.tensor(self._flat.offsets[1:], device=index.device)
+        radii, bounds = self._spread_radii(index.device)
         return radii[torch.bucketize(index, bounds, right=True)]
+
+    def _spread_radii(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Each tensor's radius, and where it ends; kept, as making them waits for the device."""
+        dtype = self._flat.buffer.dtype
+        key = self._radii, device, dtype
+        if self._spread is None or self._spread[0] != key:
+            radius_of = {p: g["radius"] for g in self.param_groups for p in g["params"]}
+            radii = [radius_of[p] for p in self._params]
+            radii = torch.tensor(radii, dtype=dtype, device=device)
+            self._spread = key, radii, torch.tensor(self._flat.offsets[1:], device=device)
+        return self._spread[1:]
 
     def _begin_block(self, objective: Objective, poll: PollState, size: int) -> _Block:
         """Have the next ``size`` trial points evaluated; may not wait for their losses."""
@@ -476,22 +487,37 @@ class PatternSearch(torch.optim.Optimizer):
     def _descend(self, objective: Objective, size: int, most: int) -> tuple:
         """Let the objective accept by itself; returns as ``_poll_block``, with the decision on what
         failed behind the last accepted trial point, if there is any."""
-        poll, (index, delta) = self._poll, self._trial_points(self._poll, size)
-        losses, places, incumbents, evaluated = objective.descend(
-            index,
-            delta,
-            incumbent=poll.incumbent,
-            margin=self._margin(self.decrease),
-            most=most,
-            gap=search.current_gap(poll),
-        )
-        self._poll = search.advance_through(poll, places, incumbents, 2 * self._flat.size)
-        rest, decision = losses[places[-1] + 1 if places else 0 :], None
-        if len(rest):
-            decision = Decision(None, math.nan, len(rest), int(rest.isnan().sum()))
-        places = torch.tensor(places, dtype=torch.int64, device=index.device)
+        index, delta = self._trial_points(self._poll, size)
+        values = self._flat.buffer.clone()
+        try:
+            descent = objective.descend(
+                index,
+                delta,
+                incumbent=self._poll.incumbent,
+                margin=self._margin(self.decrease),
+                most=most,
+                gap=search.current_gap(self._poll),
+            )
+            decision = self._take_in(descent)
+        except BaseException:
+            if objective.interrupted is None:
+                self._flat.buffer.copy_(values)
+                self._flat.note_write()
+            elif decision := self._take_in(objective.interrupted):
+                self._commit(decision)
+            raise
+        places = torch.tensor(descent.places, dtype=torch.int64, device=index.device)
         kept = index[places].tolist(), delta[places].tolist()
-        return decision, list(zip(*kept, strict=True)), evaluated
+        return decision, list(zip(*kept, strict=True)), descent.evaluated
+
+    def _take_in(self, descent: Descent) -> Decision | None:
+        """Enter what was accepted into the state; the decision on what failed behind it."""
+        losses, places, incumbents, _ = descent
+        self._poll = search.advance_through(self._poll, places, incumbents, 2 * self._flat.size)
+        rest = losses[places[-1] + 1 if places else 0 :]
+        if not len(rest):
+            return None
+        return Decision(None, math.nan, len(rest), int(rest.isnan().sum()))
 
     def _decide(self, objective: Objective, losses: Tensor, points: list) -> Decision:
         decision = _ACCEPTANCES[self.acceptance](losses, self._bar(self.decrease))
@@ -520,23 +546,21 @@ class PatternSearch(torch.optim.Optimizer):
         total, nan = 2 * self._flat.size, self._poll.nan + decision.nan
         poll, failed = self._rule.advance(self._poll, decision)
         self._poll = poll._replace(noise=None) if failed else poll
-        if failed and nan == total:
-            warnings.warn(
-                f"the loss was NaN at all {total} trial points; the poll failed",
-                RuntimeWarning,
-                stacklevel=4,
-            )
         factor = self.shrink if failed else self.expand if decision.success else 1.0
         if factor != 1.0:
             for group in self.param_groups:  # an infinite one could never shrink again
                 group["radius"] = min(group["radius"] * factor, sys.float_info.max)
             self._radii = self._read_radii()
+        if failed and nan == total:
+            message = f"the loss was NaN at all {total} trial points; the poll failed"
+            warn_caller(message, RuntimeWarning)
         return failed
 
     def _tell_progress(self, started: float) -> None:
         now = time.perf_counter()
         if self.progress and now - max(started, self._told) > _PROGRESS_SECONDS:
             self._told = now
+            self._flat.changed()  # it may ask for the state
             self.progress(self._poll.tried, 2 * self._flat.size)
 
     def _report(

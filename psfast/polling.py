@@ -57,7 +57,7 @@ class CompletePoll:
         small ones cost less so, and on a GPU, where drawing waits for the device, all of a poll.
         """
         start, total, buffer = poll.position, 2 * self.flat.size, self.flat.buffer
-        key = (poll.order, total, buffer.device)
+        key = (poll.order, total, buffer.device, buffer.dtype)
         if self._drawn is None or self._drawn[0] != key:
             self._drawn = (key, 0, 0, None, None)
         _, low, high, index, sign = self._drawn

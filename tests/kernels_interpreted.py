@@ -236,6 +236,30 @@ def test_accept_loss_at_and_foreign_changes():
     check(objective, index, delta)
 
 
+@pytest.mark.parametrize("method", ["accept", "__call__"])
+def test_a_refresh_that_fails_leaves_the_incumbent(monkeypatch, method):
+    sizes = {"vocab_size": 11, "d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 16}
+    objective = FusedCudaObjective(*problem(2, 5, **sizes))
+    index, delta = torch.tensor([3]), torch.tensor([0.5])
+    values, before = objective.flat.buffer.clone(), objective()
+    block = points(objective, 1)
+    losses = objective.losses(*block)
+
+    def fails(self):
+        raise RuntimeError("the device is out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(evaluation.Refresh, "__call__", fails)
+        if method == "accept":
+            objective.accept(index, delta)
+        with torch.no_grad():
+            objective.params[0].add_(0.0)
+        objective()
+    assert torch.equal(objective.flat.buffer, values)
+    assert torch.equal(objective(), before)
+    assert torch.equal(objective.losses(*block), losses)
+
+
 @pytest.mark.parametrize(
     "sizes, frozen, margin, most",
     [

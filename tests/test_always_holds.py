@@ -155,8 +155,9 @@ def test_3_any_number_beats_an_infinite_incumbent():
 def test_3_an_all_nan_poll_fails_with_a_warning_and_any_number_beats_nan():
     p = nn.Parameter(torch.zeros(2))
     optimizer = PatternSearch([p], radius=0.5)
-    with pytest.warns(RuntimeWarning, match="NaN at all 4 trial points"):
+    with pytest.warns(RuntimeWarning, match="NaN at all 4 trial points") as warned:
         loss = optimizer.step(lambda: p.sum() * math.nan)
+    assert warned[0].filename == __file__
     assert loss.isnan() and optimizer.last_poll.failed and optimizer.radius == 0.25
     optimizer.step(lambda: p.sum() if p.any() else p.sum() * math.nan)
     assert len(optimizer.last_poll.accepted) == 1
@@ -187,8 +188,9 @@ def test_5_a_closure_that_runs_backward_works_and_is_told_once():
         return value
 
     optimizer = PatternSearch(net.parameters())
-    with pytest.warns(UserWarning, match="runs backward"):
+    with pytest.warns(UserWarning, match="runs backward") as warned:
         first = optimizer.step(closure)
+    assert warned[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert optimizer.step(closure) <= first
@@ -361,7 +363,9 @@ def test_2_ctrl_c_inside_of_torchs_transforms_leaves_the_model_whole(backend, ti
     torch.testing.assert_close(f.losses(index, delta), brute.losses(index, delta))
 
 
-def test_7_batches_of_one_loss_are_not_one_objective():
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("backend", ["serial", "batched"])
+def test_7_batches_of_one_loss_are_not_one_objective(backend, in_place):
     torch.manual_seed(0)
     net = nn.Linear(3, 2)
 
@@ -370,10 +374,14 @@ def test_7_batches_of_one_loss_are_not_one_objective():
 
     batches = [torch.randn(4, 3) for _ in range(4)]
     targets = [1 - net(x).argmax(1) for x in batches]  # all wrong
-    f = psfast.objective(net, wrong, batches[0], targets[0])
+    f = psfast.objective(net, wrong, batches[0].clone(), targets[0].clone(), backend=backend)
     optimizer = PatternSearch(net.parameters(), radius=1e-9, max_evaluations=5)
     for x, y in zip(batches * 2, targets * 2, strict=True):
-        f.set_batch(x, y)
+        if in_place:
+            f.inputs.copy_(x)
+            f.targets.copy_(y)
+        else:
+            f.set_batch(x, y)
         optimizer.step(f)
         assert optimizer.last_poll.loss_before == 1.0
     assert optimizer.radius == 1e-9

@@ -130,6 +130,17 @@ def test_an_exception_leaves_the_incumbent():
     assert weight.tolist() == [1.0, 2.0]
 
 
+def test_a_batch_that_changes_in_place_is_followed_everywhere():
+    torch.manual_seed(0)
+    net, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.randn(8, 3)
+    graph = GraphModelObjective(net, nn.MSELoss(), x, y, capture=False)
+    x.add_(1.0)
+    at = torch.tensor([0]), torch.tensor([0.1])
+    promised = graph.loss_at(*at)
+    assert promised == psfast.objective(net, nn.MSELoss(), x, y, backend="serial").loss_at(*at)
+    assert promised == graph.losses(*at)
+
+
 def test_goes_on_with_another_batch_and_follows_the_parameters():
     serial, graph = twins()
     for shape in (7, 9):

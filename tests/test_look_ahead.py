@@ -1,5 +1,7 @@
 """The next block under way while one is decided, for objectives that do not wait for a device."""
 
+import math
+
 import pytest
 import torch
 from models import equal
@@ -85,6 +87,24 @@ def test_the_next_block_is_begun_before_this_one_is_decided(monkeypatch):
     total = 2 * objective.flat.size  # 132
     assert under_way == [*range(2, 15), 14]  # nothing comes behind the last one
     assert sum(objective.given) == total and optimizer.last_poll.speculated == 0
+
+
+def test_what_stops_early_without_an_improvement_takes_nothing_from_the_poll(monkeypatch):
+    """At minus infinity, say, which lies below the bar and never wins."""
+    objective = problem(True)
+    optimizer = where_nothing_improves(objective, block_size=8)
+    losses, seen = objective.losses, []
+
+    def stops(index, delta, *, stop_below=None):
+        found = losses(index, delta)
+        lowest = (index == 17).nonzero().flatten().tolist()
+        end = lowest[0] + 1 if lowest else len(index)
+        seen.extend(zip(index[:end].tolist(), delta[:end].tolist(), strict=True))
+        return found.masked_fill(index == 17, -math.inf)[:end]
+
+    monkeypatch.setattr(objective, "losses", stops)
+    optimizer.step(objective)
+    assert optimizer.last_poll.failed and len(set(seen)) == 2 * objective.flat.size
 
 
 def test_nothing_is_begun_beyond_max_evaluations():

@@ -437,3 +437,24 @@ def test_an_objective_over_other_parameters_is_refused():
     f = psfast.objective(net, F.mse_loss, x, y, params=list(net[0].parameters()))
     with pytest.raises(ValueError, match="objective's params must be the optimizer's"):
         optimizer.step(f)
+
+
+def test_a_poll_goes_on_in_another_dtype_as_from_a_checkpoint():
+    runs = []
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        net, x, y = nn.Linear(3, 2), torch.randn(5, 3).double(), torch.randn(5, 2).double()
+        loss = lambda n=net, x=x, y=y: F.mse_loss(n(x.to(n.weight.dtype)), y)  # noqa: E731
+        optimizer = PatternSearch(net.parameters(), max_evaluations=2)
+        optimizer.step(loss)
+        net.double()
+        if resumed:
+            state = optimizer.state_dict()
+            optimizer = PatternSearch(net.parameters(), max_evaluations=2)
+            optimizer.load_state_dict(state)
+        accepted = []
+        for _ in range(6):
+            optimizer.step(loss)
+            accepted += optimizer.last_poll.accepted
+        runs.append(accepted)
+    assert runs[0] == runs[1] and runs[0]

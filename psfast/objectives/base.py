@@ -41,7 +41,10 @@ class Objective:
     at_once: trial points that take no longer than one
     descends: whether it has ``descend``
     largest_gap: trial points between two accepted ones, about, up to which that is faster
-    is_asynchronous: whether ``losses`` leaves a device to work and returns before it is done
+    is_asynchronous: whether ``losses`` leaves a device to work and returns before it is done, and
+        may be called again meanwhile: what it returned stays as it is
+    interrupted: what the last ``descend`` had done when it raised, which stays; None: all that it
+        did is to be taken back by the caller
     keeps_losses: whether an accepted trial point's loss is, to the bit, the incumbent's from then
         on; where it is not, the search asks for the latter
 
@@ -55,9 +58,10 @@ class Objective:
     descends = False
     largest_gap = 64.0
     is_asynchronous = False
+    interrupted: Descent | None = None
     keeps_losses = False
     inputs = targets = None
-    _checksum: int | None = None
+    _checksum: tuple | None = None  # the tensors of the batch, their versions, and theirs
     _has_looked: bool | None = None  # None: outside of ``undisturbed``
 
     def __init__(self, params: Sequence[nn.Parameter]):
@@ -123,13 +127,15 @@ class Objective:
 
     def batch_checksum(self) -> int:
         """Tells the batch from others; 0 where it is not known, as a closure's."""
-        if self._checksum is None:
+        if self._checksum is None or self._checksum[1] != _versions(self._checksum[0]):
             leaves = tree_leaves((self.inputs, self.targets))
-            sums = [checksum(t) for t in leaves if type(t) is Tensor and t.layout is torch.strided]
+            leaves = [t for t in leaves if type(t) is Tensor and t.layout is torch.strided]
+            sums = [checksum(t) for t in leaves]
             at = sums[0].device if sums else None
             sums = [value.to(at) * (k + 1) for k, value in enumerate(sums)]
-            self._checksum = 1 + abs(torch.stack(sums).sum().item()) if sums else 0
-        return self._checksum
+            total = 1 + abs(torch.stack(sums).sum().item()) if sums else 0
+            self._checksum = leaves, _versions(leaves), total
+        return self._checksum[2]
 
     @contextmanager
     def _on_batch(self, inputs, targets, seed: int | None) -> Iterator[None]:
@@ -173,6 +179,11 @@ class Objective:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Counts of the writes in place; an inference tensor has none, and cannot be written to."""
+    return [0 if t.is_inference() else t._version for t in tensors]
 
 
 def sampled(number: int, size: int) -> int:

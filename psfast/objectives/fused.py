@@ -78,18 +78,25 @@ class FusedObjective(FusedModelObjective):
         check_block(index, delta)
         self._follow()
         inner, moved = self._for_ops(index, delta)
+        self._is_fresh = False  # until all of this is done
         self._written.append(inner)
         self.flat.add(index, delta)
         if self._shift is not None:
             self._weights[inner] += moved
+        self._is_fresh = True
 
     def descend(self, index, delta, *, incumbent, margin, most, gap) -> Descent:
         check_block(index, delta)
         self._follow()
         inner, moved = self._for_ops(index, delta)
-        found = ops.fused_descend(
-            self._weights, self._plan, inner, moved, incumbent, margin, most, gap
-        )
+        self._is_fresh = False  # until all of this is done
+        try:
+            found = ops.fused_descend(
+                self._weights, self._plan, inner, moved, incumbent, margin, most, gap
+            )
+        except BaseException:
+            self.flat.note_write()  # some may have been accepted
+            raise
         losses, places, incumbents, counts = found
         decided, accepted, evaluated = counts.tolist()
         if accepted:
@@ -98,6 +105,7 @@ class FusedObjective(FusedModelObjective):
             if self._shift is not None:
                 self.flat.buffer[index[places]] = self._weights[inner[places]]
             self.flat.note_write()
+        self._is_fresh = True
         return Descent(
             losses[:decided], places[:accepted].tolist(), incumbents[:accepted].tolist(), evaluated
         )
@@ -137,22 +145,24 @@ class FusedObjective(FusedModelObjective):
         if looks and (not self._is_fresh or self._watch.changed() or self._is_of_other_dtype()):
             self._is_fresh = False
             self._prepare()
-        elif has_other_values:
-            self._refresh()
-        elif self._written:
-            # Only now: between an accept and the next evaluation there often is another batch.
-            written = torch.cat(self._written)
-            self._written.clear()
-            changed = written if len(written) <= _FEW else None
-            self._loss = ops.fused_refresh(self._weights, self._plan, changed)
+        elif has_other_values or self._written:
+            self._is_fresh = False
+            self._refresh(everything=has_other_values)
+            self._is_fresh = True
 
-    def _refresh(self) -> None:
-        self._written.clear()
-        if self._shift is None:
+    def _refresh(self, everything: bool = True) -> None:
+        """Take up the parameters' values; or only what was accepted, as late as this: between an
+        accept and the next evaluation there often is another batch."""
+        changed = None
+        if not everything:
+            written = torch.cat(self._written)
+            changed = written if len(written) <= _FEW else None
+        elif self._shift is None:
             self._weights = self.flat.buffer
         else:
             self._weights = torch.cat([p.detach().reshape(-1) for p in self._all])
-        self._loss = ops.fused_refresh(self._weights, self._plan)
+        self._loss = ops.fused_refresh(self._weights, self._plan, changed)
+        self._written.clear()
 
 
 def _dropout_masks(model, shape: torch.Size, seed: int) -> Tensor | None:

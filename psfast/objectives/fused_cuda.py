@@ -141,8 +141,16 @@ class FusedCudaObjective(FusedModelObjective):
     def accept(self, index: Tensor, delta: Tensor) -> None:
         check_block(index, delta)
         self._follow()
-        self.flat.add(index, delta)
-        self._refresh()
+        at = index.to(self.flat.buffer.device)
+        saved = self.flat.buffer[at]
+        self._is_fresh = False
+        try:
+            self.flat.add(at, delta)
+            self._refresh()
+        except BaseException:  # the memory may not suffice
+            self.flat.buffer[at] = saved
+            raise
+        self._is_fresh = True
 
     def descend(self, index, delta, *, incumbent, margin, most, gap) -> Descent:
         """As every objective's; a host sync serves several accepted trial points."""
@@ -249,7 +257,9 @@ class FusedCudaObjective(FusedModelObjective):
             self._is_fresh = False
             self._prepare()
         elif self.flat.changed():
+            self._is_fresh = False
             self._refresh()
+            self._is_fresh = True
 
     def _refresh(self) -> None:
         if self._fixed and self._values is not None:

@@ -128,6 +128,10 @@ class GraphObjective(SerialObjective):
                 break
         return torch.cat(found)
 
+    def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
+        self._follow()
+        return super().loss_at(index, delta)
+
     def descend(self, index, delta, *, incumbent, margin, most, gap) -> Descent:
         """As every objective's; a host sync serves 32 trial points, whatever is accepted."""
         check_block(index, delta)

@@ -2,7 +2,6 @@
 
 import ctypes
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter, methodcaller
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from psfast import random_state
 from psfast.flat import FlatParameters, trainable
+from psfast.notices import warn_caller
 from psfast.objectives.base import CompositeLoss, Descent, Objective, check_point
 from psfast.objectives.surroundings import full_float32, uncached_autocast
 from psfast.objectives.watch import Watch
@@ -77,25 +77,40 @@ class SerialObjective(Objective):
         """As every objective's; an accepted trial point costs no more than another."""
         check_point(index, delta, self.flat.size)
         self._take_up()
-        values, places, accepted = [], [], []
+        self.interrupted = None
+        decided: list[float] = []
+        kept: list[tuple] = []  # of each accepted one: how many were decided, coordinate, value
         bar = acceptance_bar(incumbent, margin)
         try:
             with self._evaluation():
                 for i, new, value in self._trials(index, delta):
-                    values.append(value)
                     if -math.inf < value < bar:
-                        self._cells.array[i] = new
-                        self._incumbent[i] = new
-                        places.append(len(values) - 1)
-                        accepted.append(value)
+                        kept.append((len(decided), i, new, value))
+                        self._keep(i, new)
                         bar = acceptance_bar(value, margin)
-                        if len(places) == most:
-                            break
+                    decided.append(value)
+                    if len(kept) == most:
+                        break
+        except BaseException:
+            self.interrupted = self._descent(decided, kept)
+            raise
         finally:
-            if places:
+            if kept:
+                self._keep(*kept[-1][1:3])  # an interrupt may have come between
                 self.flat.note_write()
-        losses = torch.tensor(values, dtype=torch.float64)
-        return Descent(losses, places, accepted, len(values))
+        return self._descent(decided, kept)
+
+    def _keep(self, i: int, new) -> None:
+        self._cells.array[i] = new
+        self._incumbent[i] = new
+
+    @staticmethod
+    def _descent(decided: list[float], kept: list[tuple]) -> Descent:
+        if kept and kept[-1][0] == len(decided):
+            decided = [*decided, kept[-1][-1]]
+        losses = torch.tensor(decided, dtype=torch.float64)
+        incumbents = [value for *_, value in kept]
+        return Descent(losses, [place for place, *_ in kept], incumbents, len(decided))
 
     def _trials(self, index: Tensor, delta: Tensor) -> Iterator[tuple]:
         """Each trial point's coordinate, its value there and its loss; the incumbent is back."""
@@ -184,7 +199,7 @@ class SerialObjective(Objective):
                 p.grad = None
             if computed and not self._warned:
                 self._warned = True
-                warnings.warn(_BACKWARD, UserWarning, stacklevel=5)
+                warn_caller(_BACKWARD)
 
     def _seed_all(self) -> None:
         random_state.seed_all(self.seed, self.flat.buffer.device)

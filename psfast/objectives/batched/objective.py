@@ -2,7 +2,6 @@
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from psfast.flat import trainable
+from psfast.notices import warn_caller
 from psfast.objectives.base import (
     CompositeLoss,
     Objective,
@@ -474,7 +474,7 @@ class BatchedObjective(Objective):
     def _warn_once(self, what: str, message: str) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            warnings.warn(message, UserWarning, stacklevel=6)
+            warn_caller(message)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, workspace={self.workspace / 2**20:.0f} MiB"
