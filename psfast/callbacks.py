@@ -180,7 +180,8 @@ class RunSummary(L.Callback):
         for name in ("val_loss", "val_accuracy"):
             if name in trainer.callback_metrics:
                 self.last[name] = trainer.callback_metrics[name].item()
-                self.first.setdefault(name, self.last[name])
+                if trainer.global_step == 0:
+                    self.first.setdefault(name, self.last[name])
 
     def on_train_end(self, trainer, module) -> None:
         self.seconds_before, self._started = self.seconds, None

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from psfast.checks import check_count
+from psfast.notices import warn_caller
 
 SPLITS = {"train": range(0, 8), "val": range(8, 9), "test": range(9, 10)}  # tenths of all inputs
 SMALLEST_SPLIT_SPACE = 128
@@ -105,6 +106,12 @@ class StateTrackingDataset(Dataset):
         width = 2 * longest if return_intermediates else longest + 1
         self.x = torch.full((n_samples, width), pad_token)
         self.y = torch.full((n_samples, width), pad_token)
+        few = [L for L in range(shortest, longest + 1) if _is_too_small(L, vocab_size)]
+        if split is not None and few:
+            warn_caller(
+                f"only {vocab_size ** few[-1]} inputs of length {few[-1]} exist, too few to share "
+                f"out: split={split!r} draws from all of them, as the other splits do"
+            )
         for L in range(shortest, longest + 1):
             rows = (lengths == L).nonzero().squeeze(1)
             tokens = _draw(len(rows), L, vocab_size, split, generator)
@@ -223,8 +230,7 @@ def _product_table(n_elements: int) -> Tensor:
 
 def _draw(n: int, L: int, vocab_size: int, split: str | None, generator: torch.Generator) -> Tensor:
     """``n`` inputs of the split, with replacement: (n, L) int64."""
-    # In logarithms: vocab_size ** L may be too large to compute.
-    if split is None or L * math.log(vocab_size) < math.log(SMALLEST_SPLIT_SPACE):
+    if split is None or _is_too_small(L, vocab_size):
         return torch.randint(vocab_size, (n, L), generator=generator)
     tenths = SPLITS[split]
     kept, missing = [], n
@@ -236,6 +242,12 @@ def _draw(n: int, L: int, vocab_size: int, split: str | None, generator: torch.G
         kept.append(tokens)
         missing -= len(tokens)
     return torch.cat(kept) if kept else torch.empty(0, L, dtype=torch.int64)
+
+
+def _is_too_small(L: int, vocab_size: int) -> bool:
+    """Whether there are too few inputs of length ``L`` to share them out to the splits."""
+    # In logarithms: vocab_size ** L may be too large to compute.
+    return L * math.log(vocab_size) < math.log(SMALLEST_SPLIT_SPACE)
 
 
 def _hash(tokens: Tensor) -> Tensor:
@@ -284,9 +296,12 @@ def _checked_states(
         )
     if states.numel() and not 0 <= states.min() <= states.max() < sep_token:
         low, high = states.min().item(), states.max().item()
+        remedy = (
+            f": pass sep_token={high + 1}, pad_token={high + 2} and a model with vocab_size >= "
+            f"{high + 3}"
+        )
         raise ValueError(
             f"ground_truth_fn must return states in [0, sep_token) = [0, {sep_token}), got "
-            f"{low} to {high}: pass sep_token={high + 1}, pad_token={high + 2} and a model with "
-            f"vocab_size >= {high + 3}"
+            f"{low} to {high}{remedy if low >= 0 else ''}"
         )
     return states

@@ -41,6 +41,9 @@ def load() -> str | None:
             return missing
         ready = _cached_library()
         if not ready.exists():
+            missing = _why_no_cache()
+            if missing:
+                return missing
             print(
                 f"psfast: compiling the fused evaluator, once, into {ready.parent}", file=sys.stderr
             )
@@ -61,7 +64,9 @@ def status() -> tuple[bool, str]:
     built = _built_library()
     reason = None if built else why_no_build()
     if not built and not reason and not _cached_library().exists():
-        return True, f"not built yet: compiled at first use with {shlex.join(_compiler())}"
+        reason = _why_no_cache()
+        if not reason:
+            return True, f"not built yet: compiled at first use with {shlex.join(_compiler())}"
     reason = reason or load()
     if reason:
         return False, reason
@@ -128,6 +133,20 @@ def why_no_build() -> str | None:
         return (
             f"the C++ extension is not built and {missing}: install g++ or "
             "clang++ (or set CXX), or install psfast with --no-build-isolation where one is"
+        )
+    return None
+
+
+def _why_no_cache() -> str | None:
+    """Why nothing can be kept in the user's cache, None if it can; makes the folder."""
+    folder = _cached_library().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return (
+            f"the C++ extension is not built, and compiled it could not be kept in {folder} "
+            f"({error.strerror}): set XDG_CACHE_HOME to a folder that can be written"
         )
     return None
 

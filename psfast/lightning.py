@@ -92,6 +92,16 @@ class PatternSearchMixin:
     last_search: BatchReport | None = None
     _in_trial = False
     _objectives: BatchObjectives | None = None
+    _told: frozenset[str] = frozenset()  # what need not be said again
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if L.LightningModule in order[: order.index(PatternSearchMixin)]:
+            raise TypeError(
+                f"{cls.__name__} must have PatternSearchMixin before LightningModule among its "
+                "bases: behind it, it does nothing"
+            )
 
     def search_parts(self, batch) -> tuple[nn.Module, nn.Module, Tensor, Tensor] | None:
         """(model, criterion, inputs, targets) if ``criterion(model(inputs), targets)`` is the loss.
@@ -203,11 +213,24 @@ class PatternSearchMixin:
     def _objective(self, search, batch, seed) -> Objective | None:
         parts = self.search_parts(batch)
         if parts is None:
+            if isinstance(search, PatternSearch):
+                self._tell_once("training_step at one trial point after another: no search_parts")
             return None
+        if not isinstance(parts, (tuple, list)) or len(parts) != 4:
+            raise TypeError(
+                "search_parts must return (model, criterion, inputs, targets) or None, got "
+                + (f"{len(parts)} values" if isinstance(parts, (tuple, list)) else repr(parts))
+            )
         model, criterion, inputs, targets = parts
         supervised_positions(criterion, targets)
         # Autocast, and the reference's own faults, live in training_step.
-        if not isinstance(search, PatternSearch) or torch.is_autocast_enabled(self.device.type):
+        if not isinstance(search, PatternSearch):
+            return None
+        if torch.is_autocast_enabled(self.device.type):
+            self._tell_once(
+                "training_step at one trial point after another: the fast backends serve no "
+                'autocast (precision="32-true" has none)'
+            )
             return None
         known = self._objectives
         asked = (model, criterion, search)
@@ -220,11 +243,17 @@ class PatternSearchMixin:
                 reasons = "".join(f"; not {name!r}: {why}" for name, why in chosen.why_not.items())
                 rank_zero_info(f"psfast: backend {chosen.backend!r}{reasons}")
             elif known.criterion is not criterion:
-                rank_zero_warn(
+                self._tell_once(
                     "search_parts returned another criterion than before, so its objective is "
-                    "built anew: return the same object each time, unless the loss has changed"
+                    "built anew: return the same object each time, unless the loss has changed",
+                    rank_zero_warn,
                 )
         return self._objectives.on(inputs, targets, seed)
+
+    def _tell_once(self, message: str, tell: Callable | None = None) -> None:
+        if message not in self._told:
+            self.__dict__["_told"] = self._told | {message}
+            (tell or rank_zero_info)(f"psfast: {message}")
 
     def _log_search(self, search) -> None:
         report = self.last_search

@@ -227,7 +227,9 @@ class PatternSearch(torch.optim.Optimizer):
         """Poll until a success, a failed poll or ``max_evaluations``.
 
         closure: an ``Objective`` over this optimizer's parameters, or any callable that
-            returns a scalar loss. Nothing needs to call ``backward``.
+            returns a scalar loss. Nothing needs to call ``backward``. Its loss must depend on
+            the parameters alone, on one batch that was drawn outside: a batch or a number drawn
+            at random in it (but by torch) would be searched for the luckiest draw.
 
         Returns the incumbent's loss, a scalar tensor; once converged, the last known one. An
         exception in ``closure`` leaves the incumbent in place and is raised on.

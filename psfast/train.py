@@ -5,9 +5,18 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
+
+_NOT_OF_USE = (
+    ".*does not have many workers.*",
+    ".*LeafSpec.*is deprecated.*",
+    ".*Previous log files in this directory will be deleted.*",  # they are kept
+)
+_OF_BAD_CODE = (AssertionError, AttributeError, ArithmeticError, IndexError)
 
 # What decides a run's results; the rest says how long it runs and what is kept of it.
 _RESULT = (
@@ -45,7 +54,7 @@ def train(config) -> None:
     from psfast.checks import check_count
     from psfast.lightning import PatternSearchMixin, refuse_what_cannot_work
 
-    for not_of_use in (".*does not have many workers.*", ".*LeafSpec.*is deprecated.*"):
+    for not_of_use in _NOT_OF_USE:
         warnings.filterwarnings("ignore", message=not_of_use)
     logging.getLogger("lightning").propagate = False  # Hydra's would say it all again
     check_count("seed", config.seed, least=0, below=2**32)  # numpy's, which Lightning seeds too
@@ -55,11 +64,14 @@ def train(config) -> None:
         torch.set_num_threads(config.threads)
     hydra = HydraConfig.get()
     run_dir = Path(hydra.runtime.output_dir)
+    if config.ckpt_path is not None:
+        _check_checkpoint(Path(config.ckpt_path))
     failed = True
     try:
         loggers = [logger] if (logger := instantiate(config.logger)) else []
         if loggers and not isinstance(logger, CSVLogger):  # psfast.plots reads the CSV
             loggers.append(CSVLogger(run_dir, name=None, version="csv"))
+        _keep_former_metrics(run_dir / "csv" / "metrics.csv")
         task = instantiate(
             config.task, model=instantiate(config.model), optimizer=instantiate(config.optimizer)
         )
@@ -101,6 +113,24 @@ def train(config) -> None:
     print(f"\n{table}\n{'summary':<24}{run_dir / 'summary.json'}")
     if status:
         sys.exit(status)
+
+
+def _check_checkpoint(path: Path) -> None:
+    """Raise for what is no checkpoint; torch's and Lightning's own errors do not name it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"ckpt_path must be a checkpoint's file, got {path}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"ckpt_path must be a checkpoint of psfast-train, got {path}")
+
+
+def _keep_former_metrics(path: Path) -> None:
+    """A run that goes on in its own folder: Lightning would delete what was logged before."""
+    if path.exists():
+        number = 1
+        while (kept := path.with_name(f"metrics.before-{number}.csv")).exists():
+            number += 1
+        path.rename(kept)
+        print(f"psfast: what this folder's last run logged is now {kept}", file=sys.stderr)
 
 
 @contextmanager
@@ -153,7 +183,11 @@ def _one_line(error: Exception) -> str:
     if type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
         error = error.__cause__
     words = error.args[0] if isinstance(error, KeyError) and error.args else error  # unquoted
-    return " ".join(str(words).split()) or type(error).__name__
+    line = " ".join(str(words).split())
+    if isinstance(error, _OF_BAD_CODE):  # of a library that had not expected the value
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        line = f"{type(error).__name__}: {line} (at {place.filename}:{place.lineno})"
+    return line or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -89,8 +89,8 @@ def test_an_own_ground_truth():
         (lambda tokens: tokens.float(), "int64 tensor, got torch.float32"),
         (lambda tokens: None, "int64 tensor, got NoneType"),
         (lambda tokens: tokens[:, -1], r"shape \(4, 6\), got \(4,\)"),
-        (lambda tokens: tokens + 99, r"in \[0, sep_token\)"),
-        (lambda tokens: tokens - 1, r"in \[0, sep_token\)"),
+        (lambda tokens: tokens + 99, r"in \[0, sep_token\) .*: pass sep_token=101"),
+        (lambda tokens: tokens - 1, r"in \[0, sep_token\) = \[0, 99\), got -1 to 0$"),
     ],
 )
 def test_a_bad_ground_truth_is_refused(ground_truth_fn, message):
@@ -144,8 +144,13 @@ def test_the_splits_share_no_input_and_together_are_everything():
 
 
 def test_a_space_too_small_to_share_out_is_in_every_split():
-    inputs = inputs_of(StateTrackingDataset(1000, 5, split="test"), 5)
+    with pytest.warns(UserWarning, match="only 32 inputs of length 5 exist") as warned:
+        inputs = inputs_of(StateTrackingDataset(1000, 5, split="test"), 5)
     assert inputs == set(product((0, 1), repeat=5))
+    assert len(warned) == 1 and warned[0].filename == __file__
+    with pytest.warns(UserWarning, match="length 6") as warned:
+        StateTrackingDataset(10, (2, 9), split="val")
+    assert len(warned) == 1
 
 
 def test_mixed_lengths_in_one_batch_are_padded_and_unsupervised():

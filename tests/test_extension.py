@@ -36,6 +36,18 @@ def test_without_a_compiler_it_says_how_to_get_one(monkeypatch, tmp_path):
     assert not ready and "--no-build-isolation" in detail
 
 
+def test_without_a_place_to_keep_it_it_says_so(monkeypatch, tmp_path):
+    if extension._compiler() is None:
+        pytest.skip("no compiler")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(extension, "_built_library", lambda: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    reason = extension.load.__wrapped__()
+    assert f"could not be kept in {tmp_path / 'file' / 'psfast'}" in reason
+    assert "set XDG_CACHE_HOME" in reason
+    assert extension.status() == (False, reason)
+
+
 def test_the_compiler_may_have_arguments(monkeypatch):
     if extension._compiler() is None:
         pytest.skip("no compiler")

@@ -397,9 +397,41 @@ class InParts(PatternSearchMixin, L.LightningModule):
 
 def test_another_criterion_is_taken_up_with_a_warning(tmp_path):
     module = InParts()
-    with pytest.warns(UserWarning, match="search_parts returned another criterion"):
-        trainer(tmp_path, max_epochs=1).fit(module, loader())
+    with pytest.warns(UserWarning, match="search_parts returned another criterion") as warned:
+        trainer(tmp_path, max_epochs=2).fit(module, loader())
     assert module._objectives.criterion is module.criterion
+    assert sum("another criterion" in str(warning.message) for warning in warned) == 1
+
+
+@pytest.mark.parametrize(
+    "module, precision, reason",
+    [(Searched, "32-true", "no search_parts"), (InParts, "bf16-mixed", "serve no autocast")],
+)
+def test_it_says_once_why_trial_points_run_one_by_one(
+    tmp_path, monkeypatch, module, precision, reason
+):
+    told = []
+    monkeypatch.setattr(psfast.lightning, "rank_zero_info", told.append)
+    monkeypatch.setattr(InParts, "on_train_batch_end", L.LightningModule.on_train_batch_end)
+    module = module()
+    trainer(tmp_path, max_epochs=2, precision=precision).fit(module, loader())
+    assert len([line for line in told if reason in line]) == 1
+
+
+def test_parts_that_are_not_four_are_refused(tmp_path):
+    class Two(InParts):
+        def search_parts(self, batch):
+            return self.net, self.criterion
+
+    with pytest.raises(TypeError, match=r"must return \(model, criterion.* or None, got 2 values"):
+        trainer(tmp_path, max_epochs=1).fit(Two(), loader())
+
+
+def test_the_mixin_behind_lightnings_module_is_refused():
+    with pytest.raises(TypeError, match="PatternSearchMixin before LightningModule"):
+
+        class Wrong(L.LightningModule, PatternSearchMixin):
+            pass
 
 
 def test_a_module_that_was_trained_in_parts_is_copied_and_saved(tmp_path):

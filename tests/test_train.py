@@ -259,6 +259,24 @@ def test_a_run_that_is_told_to_stop_ends_after_its_batch(tmp_path, here, signum)
         assert torch.equal(value, states[0]["state_dict"][name]), name
 
 
+def test_a_run_goes_on_in_its_own_folder_from_the_checkpoint_that_its_summary_names(here, capfd):
+    first = here("logger=csv", "trainer.max_epochs=2", "trainer.check_val_every_n_epoch=1")
+    path = json.loads((first / "summary.json").read_text())["checkpoint"]
+    logged = (first / "csv/metrics.csv").read_text()
+    again = here(
+        "logger=csv", "trainer.max_epochs=3", f"ckpt_path={path}", f"hydra.run.dir={first}"
+    )
+    assert again == first and (first / "csv/metrics.before-1.csv").read_text() == logged
+    assert (first / "csv/metrics.csv").read_text() != logged
+    assert "metrics.before-1.csv" in capfd.readouterr().err
+
+
+def test_without_a_validation_before_training_there_is_no_first_loss(here):
+    folder = here("logger=none", "trainer.max_epochs=1", "trainer.num_sanity_val_steps=0")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["val_loss_first"] is None and summary["val_loss_last"] > 0
+
+
 def test_a_resumed_run_says_which_settings_the_checkpoints_run_had_besides(here):
     options = ["logger=none", "train_dataset.n_samples=40", "model.dropout=0.3"]
     options += ["task.pattern_search_radius=0.5"]
@@ -318,7 +336,12 @@ def test_a_checkpoint_of_another_optimizer_is_refused(here, capfd, first, then, 
         (["trainer.gradient_clip_val=1.0"], "remove Trainer(gradient_clip_val=1.0)"),
         (["trainer.accumulate_grad_batches=2"], "accumulate_grad_batches=2"),
         (["save_dir=/dev/null/runs"], "/dev/null/runs"),
-        (["ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        (["ckpt_path=nowhere.ckpt"], "ckpt_path must be a checkpoint's file, got nowhere.ckpt"),
+        ([f"ckpt_path={__file__}"], "ckpt_path must be a checkpoint of psfast-train, got"),
+        (
+            ["trainer.max_time=5"],
+            "AttributeError: 'int' object has no attribute 'total_seconds' (at",
+        ),
         (["threads=0"], "threads must be >= 1, got 0"),
         (["seed=-1"], "seed must be >= 0, got -1"),
         (["seed=5000000000"], "seed must be < 4294967296"),

@@ -2,19 +2,18 @@
 
 import torch
 
+from psfast.checks import check_count
+
 _SHARE = 4  # of the free memory, one part in so many is the default
 
 
 def checked_workspace(workspace: int | None, device: torch.device) -> int:
     """The bytes asked for, or the default for None.
 
-    Raises ValueError for less than one.
+    Raises TypeError unless it is an integer, ValueError for less than one.
     """
-    if workspace is None:
-        return free_bytes(device) // _SHARE
-    if workspace < 1:
-        raise ValueError(f"workspace must be a number of bytes >= 1, got {workspace!r}")
-    return workspace
+    check_count("workspace", workspace, optional=True)
+    return free_bytes(device) // _SHARE if workspace is None else workspace
 
 
 def free_bytes(device: torch.device) -> int:
