@@ -246,10 +246,11 @@ def wandb_logger(name: str, offline: bool | None = None, **options) -> WandbLogg
         rank_zero_info("psfast: no Weights & Biases key, logging offline (see `wandb sync`)")
         offline = True
     if offline:
-        # Lightning only sets WANDB_MODE, which wandb has read by now.
+        if options.get("log_model"):
+            raise MisconfigurationException("log_model needs a run that is not offline")
+        # Lightning's own `offline` only sets WANDB_MODE, which wandb has read by now, and says so.
         options["mode"] = "offline"
-    unique = f"{name}-{secrets.token_hex(2)}"
-    return WandbLogger(name=unique, offline=bool(offline), **options)
+    return WandbLogger(name=f"{name}-{secrets.token_hex(2)}", **options)
 
 
 def finish_wandb(failed: bool) -> None:

@@ -32,6 +32,7 @@ _BLOCK_SECONDS = 0.25
 _PROGRESS_SECONDS = 0.1
 _NOT_COPIED = ("progress", "step", "_flat", "_serial", "_spread", "_rule")
 _NOISE_POINTS = 8
+_GROUP_ENTRIES = {"params", "radius", "name", "param_names"}
 _ACCEPTANCES = {
     "first": search.first_improvement,
     "best": search.best_improvement,
@@ -196,9 +197,20 @@ class PatternSearch(torch.optim.Optimizer):
             group["radius"] = value
 
     def add_param_group(self, param_group: dict) -> None:
-        """Search these parameters too. Raises for a "radius" of theirs that is out of range."""
-        if isinstance(param_group, dict) and "radius" in param_group:
-            check_number("radius", param_group["radius"], above=0.0)
+        """Search these parameters too.
+
+        Raises ValueError for entries of a group that mean nothing here, and for a "radius" out of
+        range.
+        """
+        if isinstance(param_group, dict):
+            unknown = param_group.keys() - _GROUP_ENTRIES
+            if unknown:
+                raise ValueError(
+                    f"a param group must have no entries but {sorted(_GROUP_ENTRIES)}, got "
+                    f"{sorted(unknown)}"
+                )
+            if "radius" in param_group:
+                check_number("radius", param_group["radius"], above=0.0)
         super().add_param_group(param_group)
         self.param_groups[-1] = _Group(self.param_groups[-1])
 
@@ -515,11 +527,11 @@ class PatternSearch(torch.optim.Optimizer):
     def _take_in(self, descent: Descent) -> Decision | None:
         """Enter what was accepted into the state; the decision on what failed behind it."""
         losses, places, incumbents, _ = descent
+        rest, decision = losses[places[-1] + 1 if places else 0 :], None
+        if len(rest):
+            decision = Decision(None, math.nan, len(rest), int(rest.isnan().sum()))
         self._poll = search.advance_through(self._poll, places, incumbents, 2 * self._flat.size)
-        rest = losses[places[-1] + 1 if places else 0 :]
-        if not len(rest):
-            return None
-        return Decision(None, math.nan, len(rest), int(rest.isnan().sum()))
+        return decision
 
     def _decide(self, objective: Objective, losses: Tensor, points: list) -> Decision:
         decision = _ACCEPTANCES[self.acceptance](losses, self._bar(self.decrease))

@@ -5,6 +5,7 @@ import io
 import math
 import operator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -190,8 +191,9 @@ def test_progress_is_told_inside_a_long_poll():
 def test_a_plain_number_is_a_loss_too():
     p = nn.Parameter(torch.ones(2))
     optimizer = PatternSearch([p], radius=0.5)
-    for _ in range(10):
-        loss = optimizer.step(lambda: p.abs().sum().item())
+    for number in (float, np.float32):
+        for _ in range(5):
+            loss = optimizer.step(lambda number=number: number(p.abs().sum().item()))
     assert loss == 0.0
 
 
@@ -249,6 +251,12 @@ def test_bad_arguments_are_named(arguments, error, message):
 def test_a_bad_radius_of_a_group():
     with pytest.raises(ValueError, match="radius must be > 0.0"):
         PatternSearch([{"params": [nn.Parameter(torch.ones(2))], "radius": -0.1}])
+
+
+@pytest.mark.parametrize("name", ["radus", "lr"])
+def test_an_entry_of_a_group_that_means_nothing(name):
+    with pytest.raises(ValueError, match=rf"no entries but .*'radius'\], got \['{name}'\]"):
+        PatternSearch([{"params": [nn.Parameter(torch.ones(2))], name: 0.5}])
 
 
 def test_a_bad_radius_of_a_group_that_is_added_or_changed():

@@ -4,6 +4,7 @@ import ctypes
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from operator import attrgetter, methodcaller
 
 import torch
@@ -75,9 +76,9 @@ class SerialObjective(Objective):
 
     def descend(self, index, delta, *, incumbent, margin, most, gap) -> Descent:
         """As every objective's; an accepted trial point costs no more than another."""
+        self.interrupted = None
         check_point(index, delta, self.flat.size)
         self._take_up()
-        self.interrupted = None
         decided: list[float] = []
         kept: list[tuple] = []  # of each accepted one: how many were decided, coordinate, value
         bar = acceptance_bar(incumbent, margin)
@@ -348,7 +349,7 @@ class _SavedBuffer:
 def _as_number(loss) -> float:
     if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
         return loss.item()
-    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
+    if isinstance(loss, Real) and not isinstance(loss, bool):  # NumPy's too
         return float(loss)
     if isinstance(loss, Tensor):
         got = f"a tensor of shape {tuple(loss.shape)} and dtype {loss.dtype}"
