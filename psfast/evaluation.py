@@ -13,7 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 from psfast.flat import same_parameters, trainable
 from psfast.notices import warn_caller
 from psfast.objectives import BACKENDS, objective
-from psfast.objectives.base import CompositeLoss, Objective
+from psfast.objectives.base import CompositeLoss, Objective, versions
 from psfast.random_state import draws
 
 
@@ -260,17 +260,13 @@ class _Place(NamedTuple):
     @classmethod
     def of(cls, inputs, targets, seed: int) -> "_Place":
         leaves, spec = tree_flatten((inputs, targets))
-        return cls(leaves, spec, _versions(leaves), seed)
+        return cls(leaves, spec, versions(leaves), seed)
 
     def is_at(self, inputs, targets, seed: int) -> bool:
-        if seed != self.seed or self.versions != _versions(self.leaves):
+        if seed != self.seed or self.versions != versions(self.leaves):
             return False  # another mask, or a batch that was written to since
         leaves, spec = tree_flatten((inputs, targets))
         return spec == self.spec and all(map(_same, self.leaves, leaves))
-
-
-def _versions(leaves: list) -> list[int | None]:
-    return [leaf._version if isinstance(leaf, Tensor) else None for leaf in leaves]
 
 
 def _same(a, b) -> bool:

@@ -36,14 +36,11 @@ def load() -> str | None:
 
     ready = _built_library()
     if ready is None:
-        missing = why_no_build()
+        missing = _why_no_cached_library()
         if missing:
             return missing
         ready = _cached_library()
         if not ready.exists():
-            missing = _why_no_cache()
-            if missing:
-                return missing
             print(
                 f"psfast: compiling the fused evaluator, once, into {ready.parent}", file=sys.stderr
             )
@@ -62,11 +59,9 @@ def load() -> str | None:
 def status() -> tuple[bool, str]:
     """Whether the fused evaluator is ready, and how, or why not. Compiles nothing."""
     built = _built_library()
-    reason = None if built else why_no_build()
+    reason = None if built else _why_no_cached_library()
     if not built and not reason and not _cached_library().exists():
-        reason = _why_no_cache()
-        if not reason:
-            return True, f"not built yet: compiled at first use with {shlex.join(_compiler())}"
+        return True, f"not built yet: compiled at first use with {shlex.join(_compiler())}"
     reason = reason or load()
     if reason:
         return False, reason
@@ -137,8 +132,12 @@ def why_no_build() -> str | None:
     return None
 
 
-def _why_no_cache() -> str | None:
-    """Why nothing can be kept in the user's cache, None if it can; makes the folder."""
+def _why_no_cached_library() -> str | None:
+    """Why the extension neither is in the user's cache nor can be compiled into it, None if it is
+    or can; makes the folder."""
+    reason = why_no_build()
+    if reason or _cached_library().exists():
+        return reason
     folder = _cached_library().parent
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -252,7 +252,7 @@ class PatternSearchMixin:
 
     def _tell_once(self, message: str, tell: Callable | None = None) -> None:
         if message not in self._told:
-            self.__dict__["_told"] = self._told | {message}
+            self._told |= {message}
             (tell or rank_zero_info)(f"psfast: {message}")
 
     def _log_search(self, search) -> None:

@@ -64,13 +64,14 @@ class PollReport(NamedTuple):
 class _Block(NamedTuple):
     """Trial points that are being evaluated.
 
-    index, delta: (K,) of them; losses: (K',), K' <= K
+    index, delta: (K,) of them; losses: (K',), K' <= K; bar: what one must lie below
     arrived: when ``losses`` are on the CPU, where they are on their way to it
     """
 
     index: Tensor
     delta: Tensor
     losses: Tensor
+    bar: float
     arrived: torch.cuda.Event | None
 
 
@@ -461,17 +462,17 @@ class PatternSearch(torch.optim.Optimizer):
     def _begin_block(self, objective: Objective, poll: PollState, size: int) -> _Block:
         """Have the next ``size`` trial points evaluated; may not wait for their losses."""
         index, delta = self._trial_points(poll, size)
-        may_stop = self.acceptance == "first" and not self._rule.whole_blocks
-        stop_below = self._bar(self.decrease) if may_stop else None
+        bar, whole = self._bar(self.decrease), self._rule.whole_blocks
+        stop_below = bar if self.acceptance == "first" and not whole else None
         losses = objective.losses(index, delta, stop_below=stop_below)
         arrived = None
-        if self._rule.whole_blocks:  # all of them matter, where the search counts
+        if whole:  # all of them matter, where the search counts
             losses = losses.to(index.device)
         elif losses.is_cuda and self._looks_ahead(objective, poll):
             # What comes from there now does not wait for the next block, as it would later.
             losses, device = losses.to("cpu", non_blocking=True), losses.device
             arrived = torch.cuda.current_stream(device).record_event()
-        return _Block(index, delta, losses, arrived)
+        return _Block(index, delta, losses, bar, arrived)
 
     def _look_ahead(self, objective: Objective, before: PollState, block: _Block) -> _Block | None:
         """What comes next if ``block`` fails, under way before that is known; or None."""
@@ -487,11 +488,11 @@ class PatternSearch(torch.optim.Optimizer):
     def _poll_block(self, objective: Objective, block: _Block) -> tuple:
         """Decide a block and accept at most one change: the decision, what changed, and how many
         trial points were evaluated."""
-        index, delta, losses, arrived = block
+        index, delta, losses, bar, arrived = block
         if arrived is not None:
             arrived.synchronize()
         points = self._rule.points(self._poll, index, delta, losses)
-        decision = self._decide(objective, losses, points)
+        decision = self._decide(objective, losses, points, bar)
         changes = []
         if decision.success:
             changes = self._accept(objective, index, delta, points, decision)
@@ -533,8 +534,8 @@ class PatternSearch(torch.optim.Optimizer):
         self._poll = search.advance_through(self._poll, places, incumbents, 2 * self._flat.size)
         return decision
 
-    def _decide(self, objective: Objective, losses: Tensor, points: list) -> Decision:
-        decision = _ACCEPTANCES[self.acceptance](losses, self._bar(self.decrease))
+    def _decide(self, objective: Objective, losses: Tensor, points: list, bar: float) -> Decision:
+        decision = _ACCEPTANCES[self.acceptance](losses, bar)
         if self._rule.whole_blocks:
             decision = decision._replace(decided=len(losses))
         if not points:

@@ -318,7 +318,7 @@ def advance(state: PollState, decision: Decision, total: int) -> tuple[PollState
         evaluations=state.evaluations + decision.decided,
     )
     if decision.success:
-        gap = 0.7 * state.mean_gap + 0.3 * tried
+        gap = _next_mean(state.mean_gap, tried)
         return end_poll(state)._replace(incumbent=decision.loss, mean_gap=gap), False
     if tried < total:
         return state, False
@@ -336,18 +336,19 @@ def advance_through(
         return state
     gap, start = state.mean_gap, -state.tried
     for place in places:
-        gap = 0.7 * gap + 0.3 * (place + 1 - start)
+        gap = _next_mean(gap, place + 1 - start)
         start = place + 1
-    return state._replace(
+    return end_poll(state)._replace(
         position=(state.position + start) % total,
-        tried=0,
-        nan=0,
         polls=state.polls + len(places),
         evaluations=state.evaluations + start,
         incumbent=incumbents[-1],
         mean_gap=gap,
-        window_tried=0,
     )
+
+
+def _next_mean(mean_gap: float, gap: int) -> float:
+    return 0.7 * mean_gap + 0.3 * gap
 
 
 def end_poll(state: PollState) -> PollState:

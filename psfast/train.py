@@ -71,7 +71,8 @@ def train(config) -> None:
         loggers = [logger] if (logger := instantiate(config.logger)) else []
         if loggers and not isinstance(logger, CSVLogger):  # psfast.plots reads the CSV
             loggers.append(CSVLogger(run_dir, name=None, version="csv"))
-        _keep_former_metrics(run_dir / "csv" / "metrics.csv")
+        if loggers:
+            _keep_former_metrics(run_dir / "csv" / "metrics.csv")
         task = instantiate(
             config.task, model=instantiate(config.model), optimizer=instantiate(config.optimizer)
         )

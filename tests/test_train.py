@@ -269,6 +269,9 @@ def test_a_run_goes_on_in_its_own_folder_from_the_checkpoint_that_its_summary_na
     assert again == first and (first / "csv/metrics.before-1.csv").read_text() == logged
     assert (first / "csv/metrics.csv").read_text() != logged
     assert "metrics.before-1.csv" in capfd.readouterr().err
+    logged = (first / "csv/metrics.csv").read_text()
+    here("logger=none", "trainer.max_epochs=4", f"ckpt_path={path}", f"hydra.run.dir={first}")
+    assert (first / "csv/metrics.csv").read_text() == logged
 
 
 def test_without_a_validation_before_training_there_is_no_first_loss(here):

@@ -127,14 +127,14 @@ class Objective:
 
     def batch_checksum(self) -> int:
         """Tells the batch from others; 0 where it is not known, as a closure's."""
-        if self._checksum is None or self._checksum[1] != _versions(self._checksum[0]):
+        if self._checksum is None or self._checksum[1] != versions(self._checksum[0]):
             leaves = tree_leaves((self.inputs, self.targets))
             leaves = [t for t in leaves if type(t) is Tensor and t.layout is torch.strided]
             sums = [checksum(t) for t in leaves]
             at = sums[0].device if sums else None
             sums = [value.to(at) * (k + 1) for k, value in enumerate(sums)]
             total = 1 + abs(torch.stack(sums).sum().item()) if sums else 0
-            self._checksum = leaves, _versions(leaves), total
+            self._checksum = leaves, versions(leaves), total
         return self._checksum[2]
 
     @contextmanager
@@ -181,9 +181,9 @@ class Objective:
         return f"{type(self).__name__}({self.extra_repr()})"
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Counts of the writes in place; an inference tensor has none, and cannot be written to."""
-    return [0 if t.is_inference() else t._version for t in tensors]
+def versions(leaves: Sequence) -> list[int | None]:
+    """Each tensor's count of writes in place; None for an inference tensor and for no tensor."""
+    return [t._version if isinstance(t, Tensor) and not t.is_inference() else None for t in leaves]
 
 
 def sampled(number: int, size: int) -> int:

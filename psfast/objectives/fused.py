@@ -78,34 +78,32 @@ class FusedObjective(FusedModelObjective):
         check_block(index, delta)
         self._follow()
         inner, moved = self._for_ops(index, delta)
-        self._is_fresh = False  # until all of this is done
-        self._written.append(inner)
-        self.flat.add(index, delta)
-        if self._shift is not None:
-            self._weights[inner] += moved
-        self._is_fresh = True
+        with self._changing():
+            self._written.append(inner)
+            self.flat.add(index, delta)
+            if self._shift is not None:
+                self._weights[inner] += moved
 
     def descend(self, index, delta, *, incumbent, margin, most, gap) -> Descent:
         check_block(index, delta)
         self._follow()
         inner, moved = self._for_ops(index, delta)
-        self._is_fresh = False  # until all of this is done
-        try:
-            found = ops.fused_descend(
-                self._weights, self._plan, inner, moved, incumbent, margin, most, gap
-            )
-        except BaseException:
-            self.flat.note_write()  # some may have been accepted
-            raise
-        losses, places, incumbents, counts = found
-        decided, accepted, evaluated = counts.tolist()
-        if accepted:
-            places, incumbents = places[:accepted], incumbents[:accepted]
-            self._loss = incumbents[-1].clone()
-            if self._shift is not None:
-                self.flat.buffer[index[places]] = self._weights[inner[places]]
-            self.flat.note_write()
-        self._is_fresh = True
+        with self._changing():
+            try:
+                found = ops.fused_descend(
+                    self._weights, self._plan, inner, moved, incumbent, margin, most, gap
+                )
+            except BaseException:
+                self.flat.note_write()  # some may have been accepted
+                raise
+            losses, places, incumbents, counts = found
+            decided, accepted, evaluated = counts.tolist()
+            if accepted:
+                places, incumbents = places[:accepted], incumbents[:accepted]
+                self._loss = incumbents[-1].clone()
+                if self._shift is not None:
+                    self.flat.buffer[index[places]] = self._weights[inner[places]]
+                self.flat.note_write()
         return Descent(
             losses[:decided], places[:accepted].tolist(), incumbents[:accepted].tolist(), evaluated
         )
@@ -146,9 +144,8 @@ class FusedObjective(FusedModelObjective):
             self._is_fresh = False
             self._prepare()
         elif has_other_values or self._written:
-            self._is_fresh = False
-            self._refresh(everything=has_other_values)
-            self._is_fresh = True
+            with self._changing():
+                self._refresh(everything=has_other_values)
 
     def _refresh(self, everything: bool = True) -> None:
         """Take up the parameters' values; or only what was accepted, as late as this: between an

@@ -143,14 +143,13 @@ class FusedCudaObjective(FusedModelObjective):
         self._follow()
         at = index.to(self.flat.buffer.device)
         saved = self.flat.buffer[at]
-        self._is_fresh = False
-        try:
-            self.flat.add(at, delta)
-            self._refresh()
-        except BaseException:  # the memory may not suffice
-            self.flat.buffer[at] = saved
-            raise
-        self._is_fresh = True
+        with self._changing():
+            try:
+                self.flat.add(at, delta)
+                self._refresh()
+            except BaseException:  # the memory may not suffice
+                self.flat.buffer[at] = saved
+                raise
 
     def descend(self, index, delta, *, incumbent, margin, most, gap) -> Descent:
         """As every objective's; a host sync serves several accepted trial points."""
@@ -160,18 +159,16 @@ class FusedCudaObjective(FusedModelObjective):
         make = functools.partial(self._descent.DescentLoop, size)
         loop = self._descents[size] = self._on_current(self._descents.get(size), make)
         device = self.flat.buffer.device
-        try:
-            losses, places, incumbents, evaluated = loop.run(
-                index.to(device), delta.to(device), margin, most
-            )
-        except BaseException:
-            self._is_fresh = False  # how far it came is unknown
-            raise
-        finally:
-            if self._fixed:
-                self.flat.buffer.copy_(self._values[: self.flat.size])
-            self.flat.note_write()
-        self._refreshed.reduce()
+        with self._changing():
+            try:
+                losses, places, incumbents, evaluated = loop.run(
+                    index.to(device), delta.to(device), margin, most
+                )
+            finally:
+                if self._fixed:
+                    self.flat.buffer.copy_(self._values[: self.flat.size])
+                self.flat.note_write()
+            self._refreshed.reduce()
         if places:
             incumbents.append(self._refreshed.loss.item())
         return Descent(losses, places, incumbents, evaluated)
@@ -257,9 +254,8 @@ class FusedCudaObjective(FusedModelObjective):
             self._is_fresh = False
             self._prepare()
         elif self.flat.changed():
-            self._is_fresh = False
-            self._refresh()
-            self._is_fresh = True
+            with self._changing():
+                self._refresh()
 
     def _refresh(self) -> None:
         if self._fixed and self._values is not None:

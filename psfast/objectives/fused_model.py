@@ -1,5 +1,8 @@
 """What the fused objectives share on whatever device: what they ask of a model and a batch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
@@ -26,6 +29,14 @@ class FusedModelObjective(Objective):
         self._is_fresh = False
         with self._on_batch(inputs, targets, seed):
             self._prepare()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Inside, what is kept of the parameters changes: if an error ends it, how far that came is
+        unknown, and all of it is made anew at the next look."""
+        self._is_fresh = False
+        yield
+        self._is_fresh = True
 
     def _take_up(self) -> bool:
         """Note model and batch as they are; whether the model has other parts than before.

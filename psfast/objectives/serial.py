@@ -107,7 +107,7 @@ class SerialObjective(Objective):
 
     @staticmethod
     def _descent(decided: list[float], kept: list[tuple]) -> Descent:
-        if kept and kept[-1][0] == len(decided):
+        if kept and kept[-1][0] == len(decided):  # an interrupt came between the two
             decided = [*decided, kept[-1][-1]]
         losses = torch.tensor(decided, dtype=torch.float64)
         incumbents = [value for *_, value in kept]
