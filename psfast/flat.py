@@ -80,15 +80,15 @@ class FlatParameters:
         versions, addresses = self._read_stamp()
         if (versions, addresses) == self._stamp:
             return False
-        if self._stamp is None or addresses != self._stamp[1]:
+        if addresses != self._stamp[1]:
             self.attach()
         else:
             self._stamp = versions, addresses
         return True
 
     def mark_changed(self) -> None:
-        """Make the next ``changed()`` return True."""
-        self._stamp = None
+        """Make the next ``changed()`` return True, of every ``FlatParameters`` over these."""
+        torch.autograd.graph.increment_version(self.params[0])
 
     def add(self, index: Tensor, delta: Tensor) -> None:
         """Add ``delta`` (M,) at the distinct coordinates ``index`` (M,), for good.
@@ -101,8 +101,7 @@ class FlatParameters:
     def note_write(self) -> None:
         """To be called after a write into ``buffer`` that is to stay."""
         torch.autograd.graph.increment_version(self.params[0])
-        if self._stamp is not None:
-            self._stamp[0][0] += 1
+        self._stamp[0][0] += 1
 
     def fingerprint(self) -> int:
         """A checksum of the buffer's bits, to tell whether parameters are those of a checkpoint."""

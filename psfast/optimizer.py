@@ -259,7 +259,8 @@ class PatternSearch(torch.optim.Optimizer):
                 self._flat.changed()  # what the step itself wrote is nobody else's change
 
     def _step(self, objective: Objective, started: float) -> Tensor:
-        self._evaluate_incumbent(objective)
+        current = self._evaluator(objective, max(0, self._poll.tried - 1))
+        self._evaluate_incumbent(current, objective.batch_checksum())
         if self._seconds_per_point is None:
             self._seconds_per_point = time.perf_counter() - started
         before, radius, accepted, evaluated, failed = self._poll, self.radius, [], 0, False
@@ -267,24 +268,27 @@ class PatternSearch(torch.optim.Optimizer):
         is_stale = False  # whether the incumbent's loss is only as its trial point had it
         ahead: _Block | None = None  # comes next, and is under way
         while accepts < self.max_accepts and not failed:
-            size = self._block_size(objective, self._poll, before)
+            last, current = current, self._evaluator(objective, self._poll.tried)
+            size = self._block_size(current, self._poll, before)
             if size < 1:
                 break
-            if is_stale:
-                self._evaluate_incumbent(objective)
+            if is_stale or current is not last:
+                if current is not last:
+                    current.look_again()
+                self._poll = self._poll._replace(incumbent=self._loss_of(current))
                 is_stale = False
             radius = max(radius, self.radius)
             block_started = time.perf_counter()
-            if self._descends(objective, self._poll):
+            if self._descends(current, self._poll):
                 most = self.max_accepts - accepts
-                decision, changes, count = self._descend(objective, size, most)
+                decision, changes, count = self._descend(current, size, most)
                 accepts += len(changes)
             else:
-                block = ahead or self._begin_block(objective, self._poll, size)
-                ahead = self._look_ahead(objective, before, block)
-                decision, changes, count = self._poll_block(objective, block)
+                block = ahead or self._begin_block(current, self._poll, size)
+                ahead = self._look_ahead(current, before, block)
+                decision, changes, count = self._poll_block(current, block)
                 accepts += bool(changes)
-                is_stale = bool(changes) and not objective.keeps_losses
+                is_stale = bool(changes) and not current.keeps_losses
             seconds = time.perf_counter() - block_started
             self._seconds_per_point = max(1e-9, seconds / max(1, count))
             if ahead and (changes or decision.decided < len(block.index)):
@@ -359,17 +363,32 @@ class PatternSearch(torch.optim.Optimizer):
         """The trainable parameters as the groups list them, tied ones as often as they do."""
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
-    def _evaluate_incumbent(self, objective: Objective) -> None:
-        """Another loss than the known one means another objective, and so does another batch."""
-        loss = objective()
-        self._loss_dtype = loss.dtype
-        value, known, batch = loss.item(), self._poll.incumbent, objective.batch_checksum()
+    def _evaluator(self, objective: Objective, tried: int) -> Objective:
+        """Which of an objective and its opening evaluates the trial point behind ``tried`` ones."""
+        opening = objective.opening
+        if opening is None or self.acceptance != "first" or self.search is not None:
+            return objective
+        poll = self._poll._replace(tried=tried)
+        return opening if search.is_opening(poll, opening.patience) else objective
+
+    def _evaluate_incumbent(self, objective: Objective, batch: int) -> None:
+        """Another loss than the known one means another objective, and so does another batch.
+
+        batch: its checksum
+        """
+        value, known = self._loss_of(objective), self._poll.incumbent
         is_known = known is not None and batch == self._poll.batch
         if not (is_known and (value == known or (math.isnan(value) and math.isnan(known)))):
             self._restart_poll()
         self._poll = self._poll._replace(incumbent=value, batch=batch)
         if self.noise is None and self._poll.noise is None:
             self._measure_noise(objective)
+
+    def _loss_of(self, objective: Objective) -> float:
+        """The incumbent's."""
+        loss = objective()
+        self._loss_dtype = loss.dtype
+        return loss.item()
 
     def _measure_noise(self, objective: Objective) -> None:
         """Losses along a line on which only the last few bits of the parameters change."""
@@ -421,6 +440,8 @@ class PatternSearch(torch.optim.Optimizer):
         if self.max_evaluations is not None:
             left = min(left, before.evaluations + self.max_evaluations - poll.evaluations)
         left = min(left, self._rule.most(poll))
+        if poll.tried or not self._descends(objective, poll):
+            left = min(left, objective.patience - poll.tried)
         if self.block_size is not None:
             return min(self.block_size, left)
         if self.search is not None:

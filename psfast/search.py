@@ -282,6 +282,15 @@ def current_gap(state: PollState) -> float:
     return float(state.tried) if state.tried > 8 * state.mean_gap else state.mean_gap
 
 
+def is_opening(state: PollState, patience: float) -> bool:
+    """Whether the next trial point is one of a poll's first, where accepted ones lie close.
+
+    Wherever blocks begin and end, it is the same trial points that are: an accepted one among
+    them keeps the mean gap below ``patience``.
+    """
+    return state.mean_gap <= patience and state.tried < patience
+
+
 def block_size(
     state: PollState, overhead: float = 8.0, at_once: int = 1, ahead: bool = False
 ) -> int:

@@ -71,6 +71,7 @@ def test_own_additions_are_changes_to_the_others_only():
     first.add(torch.tensor([0, 25]), torch.tensor([1.0, 2.0]))
     assert second.changed() and not first.changed()
     second.mark_changed()
+    assert first.changed()
     second.add(torch.tensor([0]), torch.tensor([1.0]))
     assert second.changed() and first.changed()
 

@@ -1,5 +1,6 @@
 """What every objective offers to the search."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -45,6 +46,9 @@ class Objective:
         may be called again meanwhile: what it returned stays as it is
     interrupted: what the last ``descend`` had done when it raised, which stays; None: all that it
         did is to be taken back by the caller
+    opening: another objective, of the same loss but for rounding, that is to evaluate the first
+        ``patience`` trial points of a poll where the accepted ones lie no further apart
+    patience: how many trial points may fail in a row before ``descend`` ends
     keeps_losses: whether an accepted trial point's loss is, to the bit, the incumbent's from then
         on; where it is not, the search asks for the latter
 
@@ -57,8 +61,10 @@ class Objective:
     at_once = 1
     descends = False
     largest_gap = 64.0
+    patience: float = math.inf
     is_asynchronous = False
     interrupted: Descent | None = None
+    opening: "Objective | None" = None
     keeps_losses = False
     inputs = targets = None
     _checksum: tuple | None = None  # the tensors of the batch, their versions, and theirs
@@ -108,8 +114,9 @@ class Objective:
         """The serial loop over K trial points: each one whose loss is low enough is accepted.
 
         Low enough is below the incumbent's loss of that moment by more than ``margin``; ends
-        behind the accepted trial point number ``most``. For where so many are accepted that a
-        call of ``losses`` and one of ``accept`` for each of them would cost more than they do.
+        behind the accepted trial point number ``most``, or ``patience`` failures in a row. For
+        where so many are accepted that a call of ``losses`` and one of ``accept`` for each of them
+        would cost more than they do.
 
         index: (K,) int64; delta: (K,); incumbent: the incumbent's loss
         gap: trial points between two accepted ones, about; decides nothing but the speed
@@ -159,6 +166,11 @@ class Objective:
             yield
         finally:
             self._has_looked = None
+
+    def look_again(self) -> None:
+        """Inside ``undisturbed``: another objective has changed the parameters."""
+        if self._has_looked:
+            self._has_looked = False
 
     def _must_look(self) -> bool:
         """Whether others may have changed something since the last call."""

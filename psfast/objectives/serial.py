@@ -81,6 +81,7 @@ class SerialObjective(Objective):
         self._take_up()
         decided: list[float] = []
         kept: list[tuple] = []  # of each accepted one: how many were decided, coordinate, value
+        end = self.patience  # of decided ones
         bar = acceptance_bar(incumbent, margin)
         try:
             with self._evaluation():
@@ -89,8 +90,9 @@ class SerialObjective(Objective):
                         kept.append((len(decided), i, new, value))
                         self._keep(i, new)
                         bar = acceptance_bar(value, margin)
+                        end = len(decided) + 1 + self.patience
                     decided.append(value)
-                    if len(kept) == most:
+                    if len(kept) == most or len(decided) == end:
                         break
         except BaseException:
             self.interrupted = self._descent(decided, kept)
@@ -140,21 +142,25 @@ class SerialObjective(Objective):
 
     def accept(self, index: Tensor, delta: Tensor) -> None:
         check_point(index, delta, self.flat.size)
-        if self.flat.changed():
-            self._cells, self._is_incumbent = _Cells(self.flat), False
-        was, self._is_incumbent = self._is_incumbent, False
+        was = self._has_incumbent()
+        self._is_incumbent = False
         index, delta = index.to(self.flat.buffer.device), delta.to(self.flat.buffer)
         self.flat.add(index, delta)
         if was:
             self._incumbent.index_add_(0, index, delta)
             self._is_incumbent = True
 
+    def _has_incumbent(self) -> bool:
+        """See what others have changed; whether the incumbent that is kept still is one."""
+        was, self._is_incumbent = self._is_incumbent, False  # an interrupt may come behind the look
+        self._is_incumbent = not self.flat.changed() and was
+        if self._cells.buffer is not self.flat.buffer:
+            self._cells = _Cells(self.flat)
+        return self._is_incumbent
+
     def _take_up(self) -> None:
         """See what others have changed; keep the incumbent in case that the closure writes."""
-        if self.flat.changed():
-            self._cells = _Cells(self.flat)
-            self._is_incumbent = False
-        if not self._is_incumbent:
+        if not self._has_incumbent():
             buffer = self.flat.buffer
             if self._incumbent is None or self._incumbent.device != buffer.device:
                 self._incumbent = torch.empty_like(buffer)
@@ -307,7 +313,7 @@ class _Cells:
 
     def __init__(self, flat: FlatParameters):
         buffer = flat.buffer
-        self._buffer = buffer  # the memory below is alive as long as this is
+        self.buffer = buffer  # the memory below is alive as long as this is
         if buffer.device.type == "cpu" and buffer.dtype in _CELLS:
             cells = _CELLS[buffer.dtype] * len(buffer)
             self.array = cells.from_address(buffer.data_ptr())

@@ -21,6 +21,7 @@ from psfast.objectives.base import (
 )
 from psfast.objectives.batched.evaluate import Evaluator
 from psfast.objectives.batched.incumbent import Incumbent, has_bits
+from psfast.objectives.batched.opening import is_light, opening_of
 from psfast.objectives.batched.plan import Plan
 from psfast.objectives.batched.trace import (
     check_kernels,
@@ -151,13 +152,16 @@ class BatchedObjective(Objective):
                 self._incumbent.bring_up_to_date()  # or values that the model refuses go unseen
         except BaseException:
             self._is_fresh, self._traced_for = False, None  # it may be half on this batch
+            self.opening = None
             raise
+        if self.opening is not None:
+            self.opening.set_batch(inputs, targets, seed=self.seed)
 
     # --- the incumbent ------------------------------------------------------------------------
 
     @_evaluating
     def _build(self) -> None:
-        self._traced_for = None
+        self._traced_for = self.opening = None
         self.device = self.flat.buffer.device
         graph = trace(self._composite, self.inputs, self.targets, self.device)
         self._evaluator = Evaluator(graph, self.params, self._tensors())
@@ -168,6 +172,8 @@ class BatchedObjective(Objective):
         self._take_batch()
         self._find_alone()
         self._verify()
+        if is_light(self._incumbent, self.device.type):
+            self.opening = opening_of(self, self._composite)
         self._traced_for = self._signature()
 
     def _take_batch(self) -> None:
@@ -195,8 +201,10 @@ class BatchedObjective(Objective):
         is_other = self._watch.changed()
         if is_other and self._evaluator.graph.fixed_batch:
             self._traced_for = None
-        if self.flat.changed() or is_other or not self._is_fresh:
+        was_fresh, self._is_fresh = self._is_fresh, False  # an interrupt may come behind the look
+        if self.flat.changed() or is_other or not was_fresh:
             self._refresh()
+        self._is_fresh = True
         if torch.get_num_threads() != self._threads:  # which bits are steady may depend on it
             self._threads = torch.get_num_threads()
             self._forget_sizes()

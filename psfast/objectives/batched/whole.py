@@ -13,6 +13,7 @@ from psfast.objectives.base import CompositeLoss, Objective, check_block, check_
 from psfast.objectives.batched.incumbent import has_bits
 from psfast.objectives.batched.interrupts import Uninterrupted
 from psfast.objectives.batched.modes import NoHiddenReads, no_fallback_notes, run_under
+from psfast.objectives.batched.opening import opening_of
 from psfast.objectives.batched.trace import (
     check_kernels,
     plain_kernels,
@@ -123,8 +124,10 @@ class VmapObjective(Objective):
                 self._refresh()
                 self()
         except BaseException:
-            self._verified_for = None
+            self._verified_for = self.opening = None
             raise
+        if self.opening is not None:
+            self.opening.set_batch(inputs, targets, seed=self.seed)
 
     def _follow(self) -> None:
         """See what others have changed of the model and the batch."""
@@ -132,8 +135,11 @@ class VmapObjective(Objective):
             return
         refuse_autocast(self.flat.buffer.device)
         is_other = self._watch.changed() or torch.get_num_threads() != self._threads
+        known, self._incumbent = self._incumbent, None  # an interrupt may come behind the look
         if self.flat.changed() or is_other or self._verified_for is None:
             self._refresh()
+        else:
+            self._incumbent = known
 
     def _refresh(self) -> None:
         """Take up the state and the batch as they are now."""
@@ -141,9 +147,10 @@ class VmapObjective(Objective):
         self._threads = torch.get_num_threads()  # which sizes are steady may depend on it
         found = *signature(self._composite, self.inputs, self.targets), self._threads
         if found != self._verified_for:
-            self._verified_for = None
+            self._verified_for = self.opening = None
             self._watch.look(())
             self._verify()
+            self.opening = opening_of(self, self._composite)
             self._verified_for = found
         self._watch.look(pytree.tree_leaves((self.inputs, self.targets)))
 

@@ -1,0 +1,210 @@
+"""Trial points that a poll begins with, one after another, before blocks of the batched ones."""
+
+import functools
+
+import pytest
+import torch
+from models import some_points
+from torch import nn
+
+import psfast
+from psfast import search
+from psfast.objectives.batched import BatchedObjective, VmapObjective
+from psfast.objectives.serial import SerialModelObjective
+
+GAP = 8  # trial points
+
+
+def problem(dropout=0.0):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Dropout(dropout), nn.Linear(9, 3))
+    return model, nn.MSELoss(), torch.randn(8, 5), torch.randn(8, 3)
+
+
+def other_rounding(model, criterion, *batch):
+    """The serial loop with losses that differ by what no rounding could hide."""
+    return SerialModelObjective(model, lambda *args: criterion(*args) + 1e-3, *batch)
+
+
+def with_other_rounding(kind: type, arguments: tuple):
+    f = kind(*arguments)
+    assert f.opening.patience == GAP
+    f.opening = other_rounding(*arguments)
+    f.opening.patience = GAP
+    return f
+
+
+@functools.cache
+def one_by_one(kind: type, points: int):
+    """The search with one trial point at a time, written out: accepted ones, values, how often
+    the serial loop and the other kind decided."""
+    arguments = problem()
+    serial, other = other_rounding(*arguments), kind(*arguments)
+    total, radius = 2 * serial.flat.size, 0.3
+    order = position = tried = 0
+    gap, last, accepted, decided = 1.0, None, [], {serial: 0, other: 0}
+    for _ in range(points):
+        f = serial if gap <= GAP and tried < GAP else other
+        if f is not last:
+            incumbent, last = f().item(), f
+        entry = search.poll_order(0, order, position, 1, total)
+        index, sign = search.coordinates(entry)
+        position, tried = (position + 1) % total, tried + 1
+        decided[f] += 1
+        if f.losses(index, sign * radius).item() < incumbent:
+            accepted.append((index.item(), (sign * radius).float().item()))
+            f.accept(index, sign * radius)
+            incumbent, gap, tried = f().item(), 0.7 * gap + 0.3 * tried, 0
+        elif tried == total:
+            order, position, tried, gap, radius = order + 1, 0, 0, float(total), radius / 2
+    return accepted, serial.flat.buffer.tolist(), decided
+
+
+@pytest.mark.parametrize("kind", [BatchedObjective, VmapObjective])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_accepts": 100},
+        {"max_accepts": 3, "block_size": 3},
+        {"max_accepts": 100, "max_evaluations": 1},
+        {"max_accepts": 100, "max_evaluations": GAP},
+        {"max_evaluations": 5, "block_size": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_same_trial_points_open_whatever_the_steps_are(kind, options, resumed):
+    points = 3000 if kind is BatchedObjective else 1000
+    expected, values, decided = one_by_one(kind, points)
+    assert min(decided.values()) > points / 10
+    arguments = problem()
+    f, accepted, resume_at = with_other_rounding(kind, arguments), [], 0 if resumed else points
+    optimizer = psfast.PatternSearch(f.params, radius=0.3, **options)
+    most = optimizer.max_evaluations or points
+    while optimizer.evaluations < points:
+        optimizer.max_evaluations = min(most, points - optimizer.evaluations)
+        if optimizer.evaluations >= resume_at:
+            resume_at += 97
+            saved = optimizer.state_dict()
+            f = with_other_rounding(kind, arguments)
+            optimizer = psfast.PatternSearch(f.params, **options)  # the state has the radius
+            optimizer.max_evaluations = min(most, points - saved["search"]["evaluations"])
+            optimizer.load_state_dict(saved)
+        optimizer.step(f)
+        accepted += optimizer.last_poll.accepted
+    assert [i for i, _ in accepted] == [i for i, _ in expected]
+    assert [d for _, d in accepted] == pytest.approx([d for _, d in expected])
+    assert f.flat.buffer.tolist() == values
+
+
+def test_nothing_is_stacked_while_much_improves(monkeypatch):
+    f = BatchedObjective(*problem())
+    monkeypatch.setattr(f, "losses", None)
+    optimizer = psfast.PatternSearch(f.params, radius=1e-3, max_accepts=20)
+    before = f().item()
+    loss = optimizer.step(f)
+    assert len(optimizer.last_poll.accepted) == 20 and optimizer.last_poll.speculated == 0
+    assert loss.dtype == f().dtype and loss.item() == pytest.approx(f().item()) and loss < before
+
+
+@pytest.mark.parametrize(
+    "options", [{"acceptance": "best"}, {"search": psfast.SimplexGradient()}], ids=str
+)
+def test_what_needs_whole_blocks_gets_them(options, monkeypatch):
+    f = BatchedObjective(*problem())
+    monkeypatch.setattr(f.opening, "losses", None)
+    monkeypatch.setattr(f.opening, "descend", None)
+    psfast.PatternSearch(f.params, radius=1e-3, **options).step(f)
+
+
+@pytest.mark.parametrize("kind", [BatchedObjective, VmapObjective])
+def test_it_has_the_batch_and_the_mask(kind):
+    model, criterion, x, y = problem(dropout=0.5)
+    f = kind(model, criterion, x, y, seed=3)
+    block = some_points(f, 20)
+
+    def same():
+        torch.testing.assert_close(f.opening().item(), f().item(), rtol=1e-5, atol=0.0)
+        losses = f.opening.losses(*block).to(f().dtype)
+        torch.testing.assert_close(losses, f.losses(*block), rtol=1e-5, atol=0.0)
+        return f.opening().item()
+
+    seen = [same()]
+    f.set_batch(x, y, seed=4)
+    seen.append(same())
+    f.set_batch(x + 1.0, y)
+    seen.append(same())
+    f.set_batch(x[:4], y[:4])
+    seen.append(same())
+    with pytest.raises((ValueError, RuntimeError), match="shapes cannot be multiplied"):
+        f.set_batch(x[:, :2], y)
+    assert f().item() == pytest.approx(seen[-1]) and same() == seen[-1]
+    x[0] += 1.0
+    seen.append(same())
+    model.eval()
+    seen.append(same())
+    model.double()
+    f.set_batch(x.double(), y.double())
+    seen.append(same())
+    assert f.opening().dtype == f().dtype == torch.float64
+    assert len(set(seen)) == len(seen)
+
+
+def test_another_batch_in_place_begins_a_new_poll():
+    model, criterion, x, y = problem()
+    f = BatchedObjective(model, criterion, x, y)
+    optimizer = psfast.PatternSearch(f.params, decrease=1e9, max_evaluations=3)
+    optimizer.step(f)
+    y.neg_()
+    optimizer.step(f)
+    assert optimizer.state_dict()["search"]["tried"] == 3
+
+
+@pytest.mark.parametrize("at", [2, 3, 4, 7, 8, 9, 11, 30])
+def test_an_error_in_the_model_loses_nothing(at):
+    class Fails(nn.Module):
+        calls = None
+
+        def forward(self, x):
+            if self.calls is not None:
+                self.calls += 1
+                if self.calls == at:
+                    raise OSError("gone")
+            return x
+
+    model, criterion, x, y = problem()
+    fails = Fails()
+    f = BatchedObjective(nn.Sequential(model, fails), criterion, x, y)
+    optimizer = psfast.PatternSearch(f.params, max_accepts=100)
+    fails.calls = 0
+    with pytest.raises(OSError, match="gone"):
+        while True:
+            optimizer.step(f)
+    again = BatchedObjective(*problem())
+    other = psfast.PatternSearch(again.params, max_accepts=100)
+    while other.evaluations < optimizer.evaluations:
+        other.max_evaluations = optimizer.evaluations - other.evaluations
+        other.step(again)
+    assert f.flat.buffer.tolist() == again.flat.buffer.tolist()
+    assert optimizer.state_dict()["search"]["tried"] == other.state_dict()["search"]["tried"]
+
+
+def test_autocast_is_refused_as_by_the_blocks():
+    f = BatchedObjective(*problem())
+    optimizer = psfast.PatternSearch(f.params)
+    with torch.autocast("cpu"), pytest.raises(ValueError, match="autocast is on"):
+        optimizer.step(f)
+
+
+def test_a_model_of_large_products_has_none():
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 10))
+    arguments = model, nn.CrossEntropyLoss(), torch.randn(64, 256), torch.randint(0, 10, (64,))
+    f = BatchedObjective(*arguments)
+    assert f.opening is None
+    few = [t[:2] for t in arguments[2:]]
+    f.set_batch(*few)
+    assert f.opening is not None
+    optimizer = psfast.PatternSearch(f.params, max_accepts=5)
+    optimizer.step(f)
+    assert len(optimizer.last_poll.accepted) == 5
