@@ -187,7 +187,8 @@ class Objective:
         )
 
     def extra_repr(self) -> str:
-        return f"backend={self.backend!r}, N={self.flat.size}"
+        opening = f", opening={self.opening.backend!r}" if self.opening else ""
+        return f"backend={self.backend!r}, N={self.flat.size}{opening}"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"

@@ -65,6 +65,9 @@ class BatchedObjective(Objective):
     of the same shapes, the same modules and the same training mode; it is made anew for others,
     and for each batch that holds what torch cannot see into (arrays of NumPy, other objects).
 
+    Where evaluating the model takes little but overhead, ``opening`` has a poll's first trial
+    points one by one.
+
     Raises ValueError, with the reason, for a model that cannot be traced or whose trace does
     not reproduce it, and under autocast.
     """
