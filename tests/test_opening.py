@@ -108,6 +108,18 @@ def test_nothing_is_stacked_while_much_improves(monkeypatch):
     assert loss.dtype == f().dtype and loss.item() == pytest.approx(f().item()) and loss < before
 
 
+def test_a_batch_that_only_opens_polls_is_not_taken_up_by_blocks(monkeypatch):
+    model, criterion, x, y = problem()
+    f = BatchedObjective(model, criterion, x, y)
+    optimizer = psfast.PatternSearch(f.params, radius=1e-3, max_accepts=3)
+    with monkeypatch.context() as context:
+        context.setattr(f, "_refresh", None)
+        f.set_batch(x + 1.0, y)
+        optimizer.step(f)
+        assert len(optimizer.last_poll.accepted) == 3
+    assert f().item() == pytest.approx(SerialModelObjective(model, criterion, x + 1.0, y)().item())
+
+
 @pytest.mark.parametrize(
     "options", [{"acceptance": "best"}, {"search": psfast.SimplexGradient()}], ids=str
 )
@@ -149,6 +161,60 @@ def test_it_has_the_batch_and_the_mask(kind):
     seen.append(same())
     assert f.opening().dtype == f().dtype == torch.float64
     assert len(set(seen)) == len(seen)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        return self.scale * x
+
+
+@pytest.mark.parametrize("kind", [BatchedObjective, VmapObjective])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_it_knows_of_the_incumbent_is_never_old(kind, seed):
+    torch.manual_seed(seed)
+    norm = nn.BatchNorm1d(8) if kind is BatchedObjective else Scaled()  # vmap refuses the former
+    inner = nn.Sequential(nn.Linear(5, 8), norm, nn.Tanh(), nn.Linear(8, 4))
+    model = nn.Sequential(inner, nn.Dropout(0.5)).double()
+    x, y = torch.randn(8, 5).double(), torch.randn(8, 4).double()
+    f = kind(model, nn.MSELoss(), x, y)
+
+    def descend():
+        index, delta = some_points(f, 6)
+        known = f.opening().item()
+        f.opening.descend(index, 0.1 * delta, incumbent=known, margin=0.0, most=2, gap=2.0)
+
+    def step_of_two():
+        block = some_points(f, 2)
+        f.opening.losses(*block, stop_below=f.opening().item())
+        f.opening.accept(block[0][:1], block[1][:1])
+
+    def set_batch():
+        f.set_batch(torch.randn_like(x), y, seed=int(torch.randint(9, ())))
+
+    @torch.no_grad()
+    def write(tensor):
+        tensor.add_(0.1)
+
+    actions = [
+        *(descend, step_of_two, set_batch, f, f.opening),
+        lambda: f.losses(*some_points(f, 3)),
+        lambda: f.opening.losses(*some_points(f, 2)),
+        lambda: f.accept(*(part[:1] for part in some_points(f, 1))),
+        lambda: write(inner[0].bias),
+        lambda: write(next(norm.buffers())),
+        lambda: write(f.inputs),
+        lambda: model.train(not model.training),
+    ]
+    for first, second in torch.randint(len(actions), (60, 2)).tolist():
+        actions[first]()
+        actions[second]()
+        brute = SerialModelObjective(model, nn.MSELoss(), f.inputs, y, seed=f.seed)
+        assert f.opening().item() == brute().item()
+        assert f().item() == pytest.approx(brute().item())
 
 
 def test_another_batch_in_place_begins_a_new_poll():

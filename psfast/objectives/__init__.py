@@ -54,8 +54,8 @@ def objective(
 
     The batch is fixed; go on with another by ``set_batch(inputs, targets)``. What is done later to
     the model's parameters, buffers, submodules and mode, and to the batch in place, is followed,
-    or raises ValueError where it cannot be. Plain attributes (a dropout's ``p``) and hooks are
-    taken as they are now, and writes through ``.data`` go unseen.
+    or raises ValueError where it cannot be. Plain attributes (a dropout's ``p``) and hooks are to
+    stay as they are now, and writes through ``.data`` go unseen.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -151,14 +151,18 @@ class BatchedObjective(Objective):
             self._traced_for = None
         try:
             with self._on_batch(inputs, targets, seed):
-                self._refresh()
-                self._incumbent.bring_up_to_date()  # or values that the model refuses go unseen
+                self._is_fresh = False
+                # Either evaluates it, or values that the model refuses would go unseen.
+                if self.opening is not None and self._signature() == self._traced_for:
+                    self.opening.set_batch(inputs, targets, seed=self.seed)
+                    self.opening()  # blocks take the batch up when it is their turn
+                else:
+                    self._refresh()
+                    self._incumbent.bring_up_to_date()
         except BaseException:
             self._is_fresh, self._traced_for = False, None  # it may be half on this batch
             self.opening = None
             raise
-        if self.opening is not None:
-            self.opening.set_batch(inputs, targets, seed=self.seed)
 
     # --- the incumbent ------------------------------------------------------------------------
 

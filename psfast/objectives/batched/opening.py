@@ -1,9 +1,11 @@
 """A poll's first trial points one after another, where blocks cost more than what they save."""
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from psfast.objectives.base import CompositeLoss, Objective
+from psfast.objectives.base import CompositeLoss, Descent, Objective
 from psfast.objectives.batched.incumbent import Incumbent
 from psfast.objectives.batched.trace import refuse_autocast
 from psfast.objectives.serial import SerialModelObjective
@@ -25,11 +27,41 @@ class Opening(SerialModelObjective):
 
     patience = 8  # what a block and an accepted change cost in plain evaluations: 8 to 26
 
+    def __init__(self, *args, **kwargs):
+        self._known: Tensor | None = None  # the incumbent's loss
+        super().__init__(*args, **kwargs)
+
     def __call__(self) -> Tensor:
-        return super().__call__().to(self._dtype)
+        known, self._known = self._known, None  # an interrupt may come behind the look
+        if known is None or self._watch.changed() or not self._has_incumbent():
+            known = super().__call__().to(self._dtype)
+            self._watch.look(pytree.tree_leaves((self.inputs, self.targets)))
+        self._known = known
+        return known.clone()
+
+    def accept(self, index: Tensor, delta: Tensor) -> None:
+        self._known = None
+        super().accept(index, delta)
+
+    def descend(self, *args, **kwargs) -> Descent:
+        descent = super().descend(*args, **kwargs)
+        if descent.places:
+            self._known = torch.tensor(descent.incumbents[-1], dtype=self._dtype)
+        return descent
+
+    def _keep(self, i: int, new) -> None:
+        self._known = None
+        super()._keep(i, new)
+
+    def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
+        self._known = None
+        super().set_batch(inputs, targets, seed=seed)
 
     def _take_up(self) -> None:
         refuse_autocast(self.flat.buffer.device)  # as the blocks that follow do
+        known, self._known = self._known, None
+        if not self._watch.has_other_parts() and self._has_incumbent():
+            self._known = known
         super()._take_up()
 
     def _call(self):

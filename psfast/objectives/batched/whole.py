@@ -122,12 +122,14 @@ class VmapObjective(Objective):
         try:
             with self._on_batch(inputs, targets, seed):
                 self._refresh()
-                self()
+                if self.opening is None:
+                    self()
+                else:
+                    self.opening.set_batch(inputs, targets, seed=self.seed)
+                    self.opening()
         except BaseException:
             self._verified_for = self.opening = None
             raise
-        if self.opening is not None:
-            self.opening.set_batch(inputs, targets, seed=self.seed)
 
     def _follow(self) -> None:
         """See what others have changed of the model and the batch."""
