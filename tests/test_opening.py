@@ -199,8 +199,13 @@ def test_what_it_knows_of_the_incumbent_is_never_old(kind, seed):
     def write(tensor):
         tensor.add_(0.1)
 
+    block = some_points(f, 2)
+
     actions = [
-        *(descend, step_of_two, set_batch, f, f.opening),
+        *(descend, step_of_two, set_batch, f, lambda: f.opening()),
+        lambda: f.opening.losses(*block),
+        lambda: f.opening.accept(*(part[1:] for part in block)),
+        lambda: f.opening.accept(*block),
         lambda: f.losses(*some_points(f, 3)),
         lambda: f.opening.losses(*some_points(f, 2)),
         lambda: f.accept(*(part[:1] for part in some_points(f, 1))),
@@ -209,12 +214,28 @@ def test_what_it_knows_of_the_incumbent_is_never_old(kind, seed):
         lambda: write(f.inputs),
         lambda: model.train(not model.training),
     ]
-    for first, second in torch.randint(len(actions), (60, 2)).tolist():
+    for first, second in torch.randint(len(actions), (100, 2)).tolist():
         actions[first]()
         actions[second]()
         brute = SerialModelObjective(model, nn.MSELoss(), f.inputs, y, seed=f.seed)
         assert f.opening().item() == brute().item()
         assert f().item() == pytest.approx(brute().item())
+
+
+def test_the_loss_of_an_accepted_trial_point_is_the_incumbents_if_it_was_found_there():
+    model, criterion, x, y = problem()
+    f = BatchedObjective(model, criterion, x, y).opening
+    brute = SerialModelObjective(model, criterion, x, y)
+    index, delta = some_points(f, 3)
+    for other_incumbent in (False, True):
+        f()
+        losses = f.losses(index, delta)
+        if other_incumbent:
+            brute.accept(torch.tensor([7]), torch.tensor([0.5]))
+            f()
+        f.accept(index[2:], delta[2:])
+        assert f().item() == brute().item()
+        assert (f().item() == losses[2].item()) != other_incumbent
 
 
 def test_another_batch_in_place_begins_a_new_poll():

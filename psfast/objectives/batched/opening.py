@@ -29,19 +29,32 @@ class Opening(SerialModelObjective):
 
     def __init__(self, *args, **kwargs):
         self._known: Tensor | None = None  # the incumbent's loss
+        self._last: tuple = ()  # the last trial point at this incumbent, and its loss
         super().__init__(*args, **kwargs)
 
     def __call__(self) -> Tensor:
         known, self._known = self._known, None  # an interrupt may come behind the look
         if known is None or self._watch.changed() or not self._has_incumbent():
+            self._last = ()
             known = super().__call__().to(self._dtype)
             self._watch.look(pytree.tree_leaves((self.inputs, self.targets)))
         self._known = known
         return known.clone()
 
+    def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
+        losses = super().losses(index, delta, stop_below=stop_below)
+        if len(losses):
+            last = len(losses) - 1
+            self._last = index[last].item(), delta[last].item(), losses[last].item()
+        return losses
+
     def accept(self, index: Tensor, delta: Tensor) -> None:
-        self._known = None
+        known, self._known = self._known, None
+        last, self._last = self._last, ()
         super().accept(index, delta)
+        is_last = last and (index.tolist(), delta.tolist()) == ([last[0]], [last[1]])
+        if is_last and known is not None:
+            self._known = torch.tensor(last[2], dtype=self._dtype)
 
     def descend(self, *args, **kwargs) -> Descent:
         descent = super().descend(*args, **kwargs)
