@@ -188,7 +188,7 @@ def test_what_it_knows_of_the_incumbent_is_never_old(kind, seed):
         f.opening.descend(index, 0.1 * delta, incumbent=known, margin=0.0, most=2, gap=2.0)
 
     def step_of_two():
-        block = some_points(f, 2)
+        block = [part[:2] for part in some_points(f, 1)]
         f.opening.losses(*block, stop_below=f.opening().item())
         f.opening.accept(block[0][:1], block[1][:1])
 
@@ -199,7 +199,7 @@ def test_what_it_knows_of_the_incumbent_is_never_old(kind, seed):
     def write(tensor):
         tensor.add_(0.1)
 
-    block = some_points(f, 2)
+    block = [part[:2] for part in some_points(f, 1)]
 
     actions = [
         *(descend, step_of_two, set_batch, f, lambda: f.opening()),
@@ -226,7 +226,7 @@ def test_the_loss_of_an_accepted_trial_point_is_the_incumbents_if_it_was_found_t
     model, criterion, x, y = problem()
     f = BatchedObjective(model, criterion, x, y).opening
     brute = SerialModelObjective(model, criterion, x, y)
-    index, delta = some_points(f, 3)
+    index, delta = (part[:3] for part in some_points(f, 1))
     for other_incumbent in (False, True):
         f()
         losses = f.losses(index, delta)
