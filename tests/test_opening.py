@@ -1,6 +1,8 @@
 """Trial points that a poll begins with, one after another, before blocks of the batched ones."""
 
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -163,21 +165,11 @@ def test_it_has_the_batch_and_the_mask(kind):
     assert len(set(seen)) == len(seen)
 
 
-class Scaled(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("scale", torch.ones(()))
-
-    def forward(self, x):
-        return self.scale * x
-
-
 @pytest.mark.parametrize("kind", [BatchedObjective, VmapObjective])
 @pytest.mark.parametrize("seed", range(3))
 def test_what_it_knows_of_the_incumbent_is_never_old(kind, seed):
     torch.manual_seed(seed)
-    norm = nn.BatchNorm1d(8) if kind is BatchedObjective else Scaled()  # vmap refuses the former
-    inner = nn.Sequential(nn.Linear(5, 8), norm, nn.Tanh(), nn.Linear(8, 4))
+    inner = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4))
     model = nn.Sequential(inner, nn.Dropout(0.5)).double()
     x, y = torch.randn(8, 5).double(), torch.randn(8, 4).double()
     f = kind(model, nn.MSELoss(), x, y)
@@ -210,7 +202,6 @@ def test_what_it_knows_of_the_incumbent_is_never_old(kind, seed):
         lambda: f.opening.losses(*some_points(f, 2)),
         lambda: f.accept(*(part[:1] for part in some_points(f, 1))),
         lambda: write(inner[0].bias),
-        lambda: write(next(norm.buffers())),
         lambda: write(f.inputs),
         lambda: model.train(not model.training),
     ]
@@ -282,6 +273,36 @@ def test_autocast_is_refused_as_by_the_blocks():
     optimizer = psfast.PatternSearch(f.params)
     with torch.autocast("cpu"), pytest.raises(ValueError, match="autocast is on"):
         optimizer.step(f)
+
+
+def with_buffers():
+    return nn.Sequential(nn.Linear(5, 9), nn.BatchNorm1d(9), nn.Linear(9, 3))
+
+
+def with_frozen_layers():
+    frozen = (nn.Sequential(nn.Linear(5, 5), nn.Tanh()).requires_grad_(False) for _ in range(4))
+    return nn.Sequential(*frozen, nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize("make", [with_buffers, with_frozen_layers])
+def test_where_it_could_do_harm_there_is_none(make):
+    _, criterion, x, y = problem()
+    assert BatchedObjective(make(), criterion, x, y).opening is None
+
+
+@pytest.mark.parametrize("kind", [BatchedObjective, VmapObjective])
+def test_it_goes_with_its_objective(kind):
+    kind(*problem())  # what torch makes at the first use may outlive it
+    gc.collect()
+    gc.disable()
+    try:
+        f = kind(*problem())
+        psfast.PatternSearch(f.params, max_accepts=5).step(f)
+        opening = weakref.ref(f.opening)
+        del f
+        assert opening() is None
+    finally:
+        gc.enable()
 
 
 def test_a_model_of_large_products_has_none():

@@ -161,8 +161,8 @@ class Objective:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Inside, nobody else changes the model or the batch: that is looked for but once."""
-        self._has_looked = False
         try:
+            self._has_looked = False
             yield
         finally:
             self._has_looked = None

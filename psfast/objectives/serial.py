@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
@@ -278,11 +279,14 @@ class SerialModelObjective(SerialObjective):
     def __init__(self, model, criterion, inputs, targets, *, params=None, seed: int = 0):
         self.model, self.criterion = model, criterion
         self.inputs, self.targets = inputs, targets
-        super().__init__(
-            lambda: self.criterion(self.model(self.inputs), self.targets),
-            trainable(model.parameters()) if params is None else params,
-            seed=seed,
-        )
+        own = weakref.ref(self)  # a cycle would keep model and batch until Python collects garbage
+
+        def closure():
+            f = own()
+            return f.criterion(f.model(f.inputs), f.targets)
+
+        searched = trainable(model.parameters()) if params is None else params
+        super().__init__(closure, searched, seed=seed)
         self._composite = CompositeLoss(model, criterion)
         self._watch = Watch(self._composite, self.params)
         self()

@@ -16,6 +16,7 @@ from psfast.objectives.serial import SerialModelObjective
 # blocks take 3.7 times as long at 0.12 million (an MLP), as long at 0.3 and 0.4 (a small CNN, a
 # small transformer); on an H100 2.6 and 1.6 times at 0.4 and 6 million (a small transformer).
 _LIGHT = {"cpu": 200_000, "cuda": 10_000_000}
+_MOVING = 0.5  # of the nodes; dropout masks are some that do not
 
 
 class Opening(SerialModelObjective):
@@ -30,12 +31,15 @@ class Opening(SerialModelObjective):
     def __init__(self, *args, **kwargs):
         self._known: Tensor | None = None  # the incumbent's loss
         self._last: tuple = ()  # the last trial point at this incumbent, and its loss
+        self._threads = torch.get_num_threads()
         super().__init__(*args, **kwargs)
 
     def __call__(self) -> Tensor:
         known, self._known = self._known, None  # an interrupt may come behind the look
-        if known is None or self._watch.changed() or not self._has_incumbent():
-            self._last = ()
+        threads = torch.get_num_threads()  # bits may depend on it
+        is_same = threads == self._threads and not self._watch.changed()
+        if known is None or not is_same or not self._has_incumbent():
+            self._last, self._threads = (), threads
             known = super().__call__().to(self._dtype)
             self._watch.look(pytree.tree_leaves((self.inputs, self.targets)))
         self._known = known
@@ -63,7 +67,7 @@ class Opening(SerialModelObjective):
         return descent
 
     def _keep(self, i: int, new) -> None:
-        self._known = None
+        self._known, self._last = None, ()
         super()._keep(i, new)
 
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
@@ -84,7 +88,14 @@ class Opening(SerialModelObjective):
 
 
 def opening_of(objective: Objective, loss: CompositeLoss) -> Opening | None:
-    """An objective's, of this loss; None where the serial loop refuses it."""
+    """An objective's, of this loss; None where the serial loop refuses it.
+
+    None also where there are buffers: the serial loop evaluates on the model's own, which an
+    interrupt may keep it from restoring, and does not find those that the incumbent leaves as
+    they are. Blocks have copies.
+    """
+    if next(loss.buffers(), None) is not None:
+        return None
     arguments = loss.model, loss.criterion, objective.inputs, objective.targets
     try:
         return Opening(*arguments, params=objective.params, seed=objective.seed)
@@ -95,13 +106,16 @@ def opening_of(objective: Objective, loss: CompositeLoss) -> Opening | None:
 def is_light(incumbent: Incumbent, kind: str) -> bool:
     """Whether the loss takes little but the overhead of its operations, on this kind of device.
 
-    By counting, not by the clock: two runs are to decide alike.
+    By counting, not by the clock: two runs are to decide alike. Not where a good part of it is the
+    same at every trial point, as behind frozen layers: blocks have that once.
     """
     nodes = [n for n in incumbent.graph.nodes if n.op is not None and not n.is_view]
+    moving = sum(bool(node.depends) for node in nodes)
     work = 0
     for node in nodes:
         count = flop_registry.get(node.op.overloadpacket)
         if count is not None:
             args, kwargs = incumbent.arguments(node, {})
             work += count(*args, **kwargs, out_val=node.value)
-    return work < _LIGHT.get(kind, _LIGHT["cpu"]) * len(nodes)
+    is_little = work < _LIGHT.get(kind, _LIGHT["cpu"]) * len(nodes)
+    return is_little and moving >= _MOVING * len(nodes)
