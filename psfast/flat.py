@@ -54,6 +54,7 @@ class FlatParameters:
         _validate(self.params)
         self.offsets = [0, *accumulate(p.numel() for p in self.params)]
         self.size = self.offsets[-1]
+        self.changes = 0
         self.attach()
 
     def attach(self) -> None:
@@ -76,10 +77,14 @@ class FlatParameters:
         Sees in-place changes (``load_state_dict``) and replaced storage (``.to(device)``,
         ``p.data = ...``); the latter are flattened anew. Writes through ``p.data`` in place
         leave no trace that torch records: call ``mark_changed`` after such.
+
+        ``changes`` counts how often it was True. What is made of the parameters notes that number,
+        and holds as long as it stays: no answer is lost to an interrupt.
         """
         versions, addresses = self._read_stamp()
         if (versions, addresses) == self._stamp:
             return False
+        self.changes += 1
         if addresses != self._stamp[1]:
             self.attach()
         else:

@@ -259,6 +259,7 @@ class PatternSearch(torch.optim.Optimizer):
                 self._flat.changed()  # what the step itself wrote is nobody else's change
 
     def _step(self, objective: Objective, started: float) -> Tensor:
+        # Who evaluated the last trial point knows the incumbent's loss, to the bit.
         current = self._evaluator(objective, max(0, self._poll.tried - 1))
         self._evaluate_incumbent(current, objective.batch_checksum())
         if self._seconds_per_point is None:
@@ -368,8 +369,8 @@ class PatternSearch(torch.optim.Optimizer):
         opening = objective.opening
         if opening is None or self.acceptance != "first" or self.search is not None:
             return objective
-        poll = self._poll._replace(tried=tried)
-        return opening if search.is_opening(poll, opening.patience) else objective
+        opens = search.is_opening(self._poll.mean_gap, tried, opening.patience)
+        return opening if opens else objective
 
     def _evaluate_incumbent(self, objective: Objective, batch: int) -> None:
         """Another loss than the known one means another objective, and so does another batch.
@@ -440,7 +441,7 @@ class PatternSearch(torch.optim.Optimizer):
         if self.max_evaluations is not None:
             left = min(left, before.evaluations + self.max_evaluations - poll.evaluations)
         left = min(left, self._rule.most(poll))
-        if poll.tried or not self._descends(objective, poll):
+        if poll.tried or not self._descends(objective, poll):  # which would end there by itself
             left = min(left, objective.patience - poll.tried)
         if self.block_size is not None:
             return min(self.block_size, left)

@@ -282,13 +282,14 @@ def current_gap(state: PollState) -> float:
     return float(state.tried) if state.tried > 8 * state.mean_gap else state.mean_gap
 
 
-def is_opening(state: PollState, patience: float) -> bool:
-    """Whether the next trial point is one of a poll's first, where accepted ones lie close.
+def is_opening(mean_gap: float, tried: int, patience: float) -> bool:
+    """Whether the trial point behind ``tried`` ones of a poll is one of its first ``patience``,
+    where the accepted ones lie no further apart.
 
     Wherever blocks begin and end, it is the same trial points that are: an accepted one among
     them keeps the mean gap below ``patience``.
     """
-    return state.mean_gap <= patience and state.tried < patience
+    return mean_gap <= patience and tried < patience
 
 
 def block_size(

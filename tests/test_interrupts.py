@@ -26,6 +26,31 @@ def run(objective, steps: int, **options):
     return optimizer
 
 
+@pytest.mark.parametrize("backend", ["vmap", "batched", "opening", "fused"])
+def test_an_interrupt_behind_the_look_does_not_hide_what_others_changed(monkeypatch, backend):
+    def of_this_model():
+        of = "batched" if backend == "opening" else backend
+        f = psfast.objective(*arguments, backend=of)
+        return f.opening if backend == "opening" else f
+
+    f = transformer(False)
+    arguments = f.model, f.criterion, f.inputs, f.targets
+    f = of_this_model()
+    before = f().item()
+    with torch.no_grad():
+        f.params[-1].add_(torch.arange(11.0))
+    look = f.flat.changed
+
+    def interrupted():
+        look()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(f.flat, "changed", interrupted)
+        f()
+    assert f().item() == of_this_model()().item() != before
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(
     ("op", "accepts"), [("fused_losses", 1), ("fused_refresh", 1), ("fused_descend", 20)]

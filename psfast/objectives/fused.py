@@ -53,7 +53,7 @@ class FusedObjective(FusedModelObjective):
             self._shift = starts - torch.tensor(self.flat.offsets[:-1])
         self._plan = self._scratch = None
         self._written: list[Tensor] = []  # what was accepted since the last refresh
-        self._is_fresh = False
+        self._fresh_of: int | None = None
         self._prepare()
 
     def __call__(self) -> Tensor:
@@ -125,7 +125,7 @@ class FusedObjective(FusedModelObjective):
         else:
             self._plan = old._replace(tokens=inputs, targets=targets, mask=mask)
         self._refresh()
-        self._is_fresh = True
+        self._fresh_of = self.flat.changes
 
     def _is_of_other_dtype(self) -> bool:
         return self._plan is not None and self._plan.workspace.dtype != self.flat.buffer.dtype
@@ -139,9 +139,12 @@ class FusedObjective(FusedModelObjective):
 
     def _follow(self) -> None:
         looks = self._must_look()
-        has_other_values = looks and self.flat.changed()
-        if looks and (not self._is_fresh or self._watch.changed() or self._is_of_other_dtype()):
-            self._is_fresh = False
+        if looks:
+            self.flat.changed()
+        has_other_values = self._fresh_of != self.flat.changes
+        is_new = self._fresh_of is None
+        if looks and (is_new or self._watch.changed() or self._is_of_other_dtype()):
+            self._fresh_of = None
             self._prepare()
         elif has_other_values or self._written:
             with self._changing():

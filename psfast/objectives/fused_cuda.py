@@ -82,7 +82,7 @@ class FusedCudaObjective(FusedModelObjective):
         self._plan = self._rows = self._cache = self._values = None
         self._refreshed = self._blocks = self._trial = None
         self._descents: dict[int, DescentLoop] = {}  # by the size of their blocks
-        self._is_fresh = False
+        self._fresh_of: int | None = None
         self._prepare()
 
     @property
@@ -229,7 +229,7 @@ class FusedCudaObjective(FusedModelObjective):
         except self._errors as error:
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"the kernels do not run on this device: {reason}") from error
-        self._is_fresh = True
+        self._fresh_of = self.flat.changes
 
     def _check(self, masks: Tensor | None) -> None:
         """Raise ValueError if the kernels get a loss wrong; once for each that was compiled."""
@@ -250,10 +250,11 @@ class FusedCudaObjective(FusedModelObjective):
     def _follow(self) -> None:
         if not self._must_look():
             return
-        if not self._is_fresh or self._watch.changed():
-            self._is_fresh = False
+        self.flat.changed()
+        if self._fresh_of is None or self._watch.changed():
+            self._fresh_of = None
             self._prepare()
-        elif self.flat.changed():
+        elif self._fresh_of != self.flat.changes:
             with self._changing():
                 self._refresh()
 

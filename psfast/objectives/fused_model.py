@@ -21,12 +21,13 @@ class FusedModelObjective(Objective):
     """A fused objective's model and batch.
 
     One of them has ``_prepare``, which takes up both as they are, calling ``_take_up``.
+    ``_fresh_of`` is the ``flat.changes`` that it is of, None until all of it is done.
     """
 
     backend = "fused"
 
     def set_batch(self, inputs: Tensor, targets: Tensor, *, seed: int | None = None) -> None:
-        self._is_fresh = False
+        self._fresh_of = None
         with self._on_batch(inputs, targets, seed):
             self._prepare()
 
@@ -34,9 +35,9 @@ class FusedModelObjective(Objective):
     def _changing(self) -> Iterator[None]:
         """Inside, what is kept of the parameters changes: if an error ends it, how far that came is
         unknown, and all of it is made anew at the next look."""
-        self._is_fresh = False
+        self._fresh_of = None
         yield
-        self._is_fresh = True
+        self._fresh_of = self.flat.changes
 
     def _take_up(self) -> bool:
         """Note model and batch as they are; whether the model has other parts than before.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from psfast.capture import captured
 from psfast.flat import trainable
 from psfast.objectives.base import CompositeLoss, Descent, check_block
-from psfast.objectives.serial import SerialObjective
+from psfast.objectives.serial import SerialObjective, closure_of
 from psfast.objectives.watch import Watch
 from psfast.search import acceptance_bar, kept_places
 
@@ -236,7 +236,7 @@ class GraphModelObjective(GraphObjective):
         self._batch = inputs, targets
         self.inputs, self.targets = inputs.clone(), targets.clone()
         super().__init__(
-            lambda: self.criterion(self.model(self.inputs), self.targets),
+            closure_of(self),
             trainable(model.parameters()) if params is None else params,
             seed=seed,
             capture=capture,

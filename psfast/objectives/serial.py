@@ -56,7 +56,7 @@ class SerialObjective(Objective):
         self._cells = _Cells(self.flat)
         self._buffers: list[_SavedBuffer] = []
         self._incumbent: Tensor | None = None  # the parameters' values
-        self._is_incumbent = False  # whether those still are
+        self._incumbent_of: int | None = None  # ``flat.changes`` that it is of
         self._versions: list[int] = []
 
     def __call__(self) -> Tensor:
@@ -143,21 +143,19 @@ class SerialObjective(Objective):
 
     def accept(self, index: Tensor, delta: Tensor) -> None:
         check_point(index, delta, self.flat.size)
-        was = self._has_incumbent()
-        self._is_incumbent = False
+        was, self._incumbent_of = self._has_incumbent(), None
         index, delta = index.to(self.flat.buffer.device), delta.to(self.flat.buffer)
         self.flat.add(index, delta)
         if was:
             self._incumbent.index_add_(0, index, delta)
-            self._is_incumbent = True
+            self._incumbent_of = self.flat.changes
 
     def _has_incumbent(self) -> bool:
         """See what others have changed; whether the incumbent that is kept still is one."""
-        was, self._is_incumbent = self._is_incumbent, False  # an interrupt may come behind the look
-        self._is_incumbent = not self.flat.changed() and was
+        self.flat.changed()
         if self._cells.buffer is not self.flat.buffer:
             self._cells = _Cells(self.flat)
-        return self._is_incumbent
+        return self._incumbent_of == self.flat.changes
 
     def _take_up(self) -> None:
         """See what others have changed; keep the incumbent in case that the closure writes."""
@@ -166,7 +164,7 @@ class SerialObjective(Objective):
             if self._incumbent is None or self._incumbent.device != buffer.device:
                 self._incumbent = torch.empty_like(buffer)
             self._incumbent = self._incumbent.to(buffer.dtype).copy_(buffer)
-            self._is_incumbent = True
+            self._incumbent_of = self.flat.changes
         self._versions = list(map(_version, self.params))
 
     def _evaluate(self) -> float:
@@ -181,6 +179,7 @@ class SerialObjective(Objective):
             if self._versions != list(map(_version, self.params)):
                 self.flat.buffer.copy_(self._incumbent)
                 self.flat.changed()
+                self._incumbent_of = self.flat.changes
                 self._versions = list(map(_version, self.params))
 
     def _call(self):
@@ -270,6 +269,21 @@ class SerialObjective(Objective):
                 buffer.restore()
 
 
+def closure_of(objective: Objective) -> Callable:
+    """The loss of an objective's model and criterion on its batch of the moment.
+
+    It does not keep the objective: a cycle would hold model and batch until Python collects
+    garbage.
+    """
+    own = weakref.ref(objective)
+
+    def closure():
+        f = own()
+        return f.criterion(f.model(f.inputs), f.targets)
+
+    return closure
+
+
 class SerialModelObjective(SerialObjective):
     """``criterion(model(inputs), targets)``, one trial point after another.
 
@@ -279,14 +293,8 @@ class SerialModelObjective(SerialObjective):
     def __init__(self, model, criterion, inputs, targets, *, params=None, seed: int = 0):
         self.model, self.criterion = model, criterion
         self.inputs, self.targets = inputs, targets
-        own = weakref.ref(self)  # a cycle would keep model and batch until Python collects garbage
-
-        def closure():
-            f = own()
-            return f.criterion(f.model(f.inputs), f.targets)
-
         searched = trainable(model.parameters()) if params is None else params
-        super().__init__(closure, searched, seed=seed)
+        super().__init__(closure_of(self), searched, seed=seed)
         self._composite = CompositeLoss(model, criterion)
         self._watch = Watch(self._composite, self.params)
         self()

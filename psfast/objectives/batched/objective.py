@@ -138,9 +138,8 @@ class BatchedObjective(Objective):
     @torch.no_grad()
     def accept(self, index: Tensor, delta: Tensor) -> None:
         check_point(index, delta, self.flat.size)
-        # what else has changed can wait: nothing is evaluated here
-        if self._has_looked is None and self.flat.changed():
-            self._is_fresh = False
+        if self._has_looked is None:  # what has changed can wait: nothing is evaluated here
+            self.flat.changed()
         device = self.flat.buffer.device
         self._incumbent.touch(self._tensors_of(index))
         self.flat.add(index.to(device), delta.to(device))
@@ -151,17 +150,15 @@ class BatchedObjective(Objective):
             self._traced_for = None
         try:
             with self._on_batch(inputs, targets, seed):
-                self._is_fresh = False
+                self._fresh_of = None
                 # Either evaluates it, or values that the model refuses would go unseen.
                 if self.opening is not None and self._signature() == self._traced_for:
-                    self.opening.set_batch(inputs, targets, seed=self.seed)
-                    self.opening()  # blocks take the batch up when it is their turn
+                    self.opening.set_batch(inputs, targets, seed=self.seed)  # blocks: in their turn
                 else:
                     self._refresh()
                     self._incumbent.bring_up_to_date()
         except BaseException:
-            self._is_fresh, self._traced_for = False, None  # it may be half on this batch
-            self.opening = None
+            self._fresh_of = self._traced_for = self.opening = None  # it may be half on this batch
             raise
 
     # --- the incumbent ------------------------------------------------------------------------
@@ -192,13 +189,13 @@ class BatchedObjective(Objective):
 
     def _refresh(self) -> None:
         """Take up the state and the batch as they are now."""
-        self._is_fresh = False
+        self._fresh_of = None
         self.flat.changed()  # what is checked is written to its buffer: they must lie there
         if self._signature() != self._traced_for:
             self._build()
         else:
             self._take_batch()
-        self._is_fresh = True
+        self._fresh_of = self.flat.changes
 
     def _follow(self) -> None:
         """See what others have changed: the model, the batch, the number of threads."""
@@ -208,10 +205,9 @@ class BatchedObjective(Objective):
         is_other = self._watch.changed()
         if is_other and self._evaluator.graph.fixed_batch:
             self._traced_for = None
-        was_fresh, self._is_fresh = self._is_fresh, False  # an interrupt may come behind the look
-        if self.flat.changed() or is_other or not was_fresh:
+        self.flat.changed()
+        if self._fresh_of != self.flat.changes or is_other:
             self._refresh()
-        self._is_fresh = True
         if torch.get_num_threads() != self._threads:  # which bits are steady may depend on it
             self._threads = torch.get_num_threads()
             self._forget_sizes()

@@ -28,22 +28,23 @@ class Opening(SerialModelObjective):
 
     patience = 8  # what a block and an accepted change cost in plain evaluations: 8 to 26
 
-    def __init__(self, *args, **kwargs):
-        self._known: Tensor | None = None  # the incumbent's loss
-        self._last: tuple = ()  # the last trial point at this incumbent, and its loss
-        self._threads = torch.get_num_threads()
-        super().__init__(*args, **kwargs)
+    _known: tuple[Tensor, tuple] | None = None  # the incumbent's loss, and what it holds for
+    _last: tuple = ()  # the last trial point at this incumbent, and its loss
 
     def __call__(self) -> Tensor:
-        known, self._known = self._known, None  # an interrupt may come behind the look
-        threads = torch.get_num_threads()  # bits may depend on it
-        is_same = threads == self._threads and not self._watch.changed()
-        if known is None or not is_same or not self._has_incumbent():
-            self._last, self._threads = (), threads
-            known = super().__call__().to(self._dtype)
+        self.flat.changed()
+        if self._known is None or self._known[1] != self._place() or self._watch.changed():
+            self._known, self._last = None, ()
+            loss = super().__call__().item()
             self._watch.look(pytree.tree_leaves((self.inputs, self.targets)))
-        self._known = known
-        return known.clone()
+            self._know(loss)
+        return self._known[0].clone()
+
+    def _place(self) -> tuple[int, int]:
+        return self.flat.changes, torch.get_num_threads()  # on which bits may depend
+
+    def _know(self, loss: float) -> None:
+        self._known = torch.tensor(loss, dtype=self._dtype), self._place()
 
     def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
         losses = super().losses(index, delta, stop_below=stop_below)
@@ -57,13 +58,13 @@ class Opening(SerialModelObjective):
         last, self._last = self._last, ()
         super().accept(index, delta)
         is_last = last and (index.tolist(), delta.tolist()) == ([last[0]], [last[1]])
-        if is_last and known is not None:
-            self._known = torch.tensor(last[2], dtype=self._dtype)
+        if is_last and known is not None and known[1] == self._place():
+            self._know(last[2])
 
     def descend(self, *args, **kwargs) -> Descent:
         descent = super().descend(*args, **kwargs)
         if descent.places:
-            self._known = torch.tensor(descent.incumbents[-1], dtype=self._dtype)
+            self._know(descent.incumbents[-1])
         return descent
 
     def _keep(self, i: int, new) -> None:
@@ -71,14 +72,15 @@ class Opening(SerialModelObjective):
         super()._keep(i, new)
 
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
+        """As every objective's, and evaluates it: a batch that the model refuses raises here."""
         self._known = None
         super().set_batch(inputs, targets, seed=seed)
+        self()
 
     def _take_up(self) -> None:
         refuse_autocast(self.flat.buffer.device)  # as the blocks that follow do
-        known, self._known = self._known, None
-        if not self._watch.has_other_parts() and self._has_incumbent():
-            self._known = known
+        if self._watch.has_other_parts():
+            self._known = None
         super()._take_up()
 
     def _call(self):

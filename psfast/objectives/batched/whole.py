@@ -70,6 +70,7 @@ class VmapObjective(Objective):
         self._composite = CompositeLoss(model, criterion)
         self._watch = Watch(self._composite, self.params)
         self._incumbent: Tensor | None = None
+        self._fresh_of: int | None = None  # ``flat.changes`` that it is of
         self._verified_for: tuple | None = None
         self._refresh()
 
@@ -126,7 +127,6 @@ class VmapObjective(Objective):
                     self()
                 else:
                     self.opening.set_batch(inputs, targets, seed=self.seed)
-                    self.opening()
         except BaseException:
             self._verified_for = self.opening = None
             raise
@@ -137,11 +137,9 @@ class VmapObjective(Objective):
             return
         refuse_autocast(self.flat.buffer.device)
         is_other = self._watch.changed() or torch.get_num_threads() != self._threads
-        known, self._incumbent = self._incumbent, None  # an interrupt may come behind the look
-        if self.flat.changed() or is_other or self._verified_for is None:
+        self.flat.changed()
+        if self._fresh_of != self.flat.changes or is_other or self._verified_for is None:
             self._refresh()
-        else:
-            self._incumbent = known
 
     def _refresh(self) -> None:
         """Take up the state and the batch as they are now."""
@@ -155,6 +153,7 @@ class VmapObjective(Objective):
             self.opening = opening_of(self, self._composite)
             self._verified_for = found
         self._watch.look(pytree.tree_leaves((self.inputs, self.targets)))
+        self._fresh_of = self.flat.changes
 
     # --- evaluation -----------------------------------------------------------------------
 
