@@ -1,5 +1,6 @@
 """Models that have no kernel of their own: a complete poll, and the start of training, where
-about half of the trial points are lower, beside the serial loop.
+about half of the trial points are lower, on one batch and on one for each step, beside the
+serial loop.
 
 Each case checks its losses against the float64 serial ones before it is timed.
 """
@@ -14,8 +15,10 @@ from harness import (
     poll_block,
     run_points,
     search_from_start,
+    search_on_batches,
     serial_loop,
     serial_search_from_start,
+    serial_search_on_batches,
     values_of,
 )
 from torch import nn
@@ -26,6 +29,7 @@ from psfast.flat import FlatParameters
 TOLERANCE = 2e-5
 POINTS = {"serial loop": 400, "batched": 65_536}
 START = 1_500  # trial points
+ALONE = ", blocks alone"  # without the opening
 
 
 class LastState(nn.Module):
@@ -117,13 +121,47 @@ def test_serial_loop(measure, quick, name):
     measure("models", label("complete poll", name), "serial loop", run, points)
 
 
-@pytest.mark.parametrize("backend", ["serial", "batched"])
-@pytest.mark.parametrize("name", CASES)
+def built_for(name, backend):
+    objective = right_objective(name, backend.removesuffix(ALONE))
+    if backend.endswith(ALONE):
+        objective.opening = None
+    return objective
+
+
+BACKENDS = [(name, b) for name in CASES for b in ("serial", "batched", "batched" + ALONE)]
+BACKENDS += [("MLP 64-128-128-10", b) for b in ("vmap", "vmap" + ALONE)]
+
+
+@pytest.mark.parametrize(("name", "backend"), BACKENDS)
 def test_start(measure, quick, name, backend):
-    objective = right_objective(name, backend)
+    objective = built_for(name, backend)
     points = 64 if quick else START
     run = partial(search_from_start, objective, values_of(objective.params), points)
     measure("models", label("start of training", name), backend, run, points)
+
+
+def other_batches(name):
+    _, _, inputs, targets = build(name)
+    return [(torch.randn_like(inputs), targets) for _ in range(8)]
+
+
+@pytest.mark.parametrize(("name", "backend"), BACKENDS)
+def test_batch_a_step(measure, quick, name, backend):
+    objective, batches = built_for(name, backend), other_batches(name)
+    points = 64 if quick else START
+    run = partial(search_on_batches, objective, batches, values_of(objective.params), points)
+    measure("models", label("a batch a step", name), backend, run, points)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_batch_a_step_serial_loop(measure, quick, name):
+    model, criterion, _, _ = build(name)
+    flat = FlatParameters(list(model.parameters()))
+    points = 64 if quick else START
+    block, values = poll_block(flat, 0, points), values_of(flat.params)
+    loss = lambda inputs, targets: criterion(model(inputs), targets)  # noqa: E731
+    run = partial(serial_search_on_batches, loss, other_batches(name), flat, values, block)
+    measure("models", label("a batch a step", name), "serial loop", run, points)
 
 
 @pytest.mark.parametrize("name", CASES)

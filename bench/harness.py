@@ -108,6 +108,44 @@ def serial_search_from_start(closure, flat, values, block) -> float:
     return seconds
 
 
+def search_on_batches(objective, batches, values, points) -> float:
+    """Seconds of a real search's first trial points where each step has a batch of its own."""
+    set_values(objective.params, values)
+    optimizer = psfast.PatternSearch(objective.params, radius=0.1)
+    started, steps = time.perf_counter(), 0
+    while optimizer.evaluations < points:
+        objective.set_batch(*batches[steps % len(batches)])
+        optimizer.max_evaluations = points - optimizer.evaluations
+        optimizer.step(objective)
+        steps += 1
+    seconds = time.perf_counter() - started
+    assert 0.3 < steps / points < 0.6
+    return seconds
+
+
+def serial_search_on_batches(loss, batches, flat, values, block) -> float:
+    """The same in the clean serial loop. loss: of a batch"""
+    set_values(flat.params, values)
+    index, delta = (part.tolist() for part in block)
+    started, buffer, done, steps = time.perf_counter(), flat.buffer, 0, 0
+    points = iter(zip(index, delta, strict=True))
+    with torch.no_grad():
+        while done < len(index):
+            inputs, targets = batches[steps % len(batches)]
+            bar = loss(inputs, targets).item()
+            for i, d in points:
+                done += 1
+                saved = buffer[i].item()
+                buffer[i] = saved + d
+                if loss(inputs, targets).item() < bar:
+                    break
+                buffer[i] = saved
+            steps += 1
+    seconds = time.perf_counter() - started
+    assert 0.3 < steps / len(index) < 0.6
+    return seconds
+
+
 def values_of(params) -> list[Tensor]:
     return [p.detach().clone() for p in params]
 
