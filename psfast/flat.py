@@ -108,6 +108,11 @@ class FlatParameters:
         torch.autograd.graph.increment_version(self.params[0])
         self._stamp[0][0] += 1
 
+    def view(self, number: int) -> Tensor:
+        """Parameter ``number`` as it lies in ``buffer``: nobody sees what is written to it."""
+        start, stop = self.offsets[number : number + 2]
+        return self.buffer[start:stop].view(self.params[number].shape)
+
     def fingerprint(self) -> int:
         """A checksum of the buffer's bits, to tell whether parameters are those of a checkpoint."""
         return checksum(self.buffer).item()

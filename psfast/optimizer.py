@@ -259,9 +259,7 @@ class PatternSearch(torch.optim.Optimizer):
                 self._flat.changed()  # what the step itself wrote is nobody else's change
 
     def _step(self, objective: Objective, started: float) -> Tensor:
-        # Who evaluated the last trial point knows the incumbent's loss, to the bit.
-        current = self._evaluator(objective, max(0, self._poll.tried - 1))
-        self._evaluate_incumbent(current, objective.batch_checksum())
+        current = self._evaluate_incumbent(objective)
         if self._seconds_per_point is None:
             self._seconds_per_point = time.perf_counter() - started
         before, radius, accepted, evaluated, failed = self._poll, self.radius, [], 0, False
@@ -372,18 +370,25 @@ class PatternSearch(torch.optim.Optimizer):
         opens = search.is_opening(self._poll.mean_gap, tried, opening.patience)
         return opening if opens else objective
 
-    def _evaluate_incumbent(self, objective: Objective, batch: int) -> None:
+    def _evaluate_incumbent(self, objective: Objective) -> Objective:
         """Another loss than the known one means another objective, and so does another batch.
 
-        batch: its checksum
+        Returns who has evaluated it: the one of the last trial point, which knows the loss to the
+        bit, or the one of the next, where a step ended between the two with an exception.
         """
-        value, known = self._loss_of(objective), self._poll.incumbent
+        batch, known, tried = objective.batch_checksum(), self._poll.incumbent, self._poll.tried
         is_known = known is not None and batch == self._poll.batch
-        if not (is_known and (value == known or (math.isnan(value) and math.isnan(known)))):
+        last, following = (self._evaluator(objective, n) for n in (max(0, tried - 1), tried))
+        for current in dict.fromkeys((last, following)):
+            value = self._loss_of(current)
+            if is_known and (value == known or (math.isnan(value) and math.isnan(known))):
+                break
+        else:
             self._restart_poll()
         self._poll = self._poll._replace(incumbent=value, batch=batch)
         if self.noise is None and self._poll.noise is None:
-            self._measure_noise(objective)
+            self._measure_noise(current)
+        return current
 
     def _loss_of(self, objective: Objective) -> float:
         """The incumbent's."""

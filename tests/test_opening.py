@@ -12,6 +12,7 @@ from torch import nn
 import psfast
 from psfast import search
 from psfast.objectives.batched import BatchedObjective, VmapObjective
+from psfast.objectives.batched.opening import Opening
 from psfast.objectives.serial import SerialModelObjective
 
 GAP = 8  # trial points
@@ -316,3 +317,87 @@ def test_a_model_of_large_products_has_none():
     optimizer = psfast.PatternSearch(f.params, max_accepts=5)
     optimizer.step(f)
     assert len(optimizer.last_poll.accepted) == 5
+
+
+def decided(optimizer) -> dict:
+    state = optimizer.state_dict()["search"]
+    return {name: state[name] for name in ("evaluations", "tried", "polls", "incumbent")}
+
+
+@pytest.mark.parametrize("kind", [BatchedObjective, VmapObjective])
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("method", ["__call__", "losses"])
+def test_an_error_behind_the_switch_to_blocks_begins_no_poll_anew(kind, resumed, method):
+    arguments, fails = problem(), []
+
+    class Fails(kind):
+        def __call__(self):
+            if fails and method == "__call__":
+                raise OSError(fails.pop())
+            return super().__call__()
+
+        def losses(self, *args, **kwargs):
+            if fails and method == "losses":
+                raise OSError(fails.pop())
+            return super().losses(*args, **kwargs)
+
+    f = with_other_rounding(Fails, arguments)
+    optimizer = psfast.PatternSearch(f.params, decrease=1e9, max_evaluations=GAP + 2)
+    fails.append("gone")
+    with pytest.raises(OSError, match="gone"):
+        optimizer.step(f)
+    assert decided(optimizer)["tried"] == GAP
+    if resumed:
+        saved = optimizer.state_dict()
+        f = with_other_rounding(kind, arguments)
+        optimizer = psfast.PatternSearch(f.params, decrease=1e9, max_evaluations=GAP + 2)
+        optimizer.load_state_dict(saved)
+    optimizer.step(f)
+    assert decided(optimizer) == {
+        **{"evaluations": 2 * GAP + 2, "tried": 2 * GAP + 2, "polls": 0},
+        "incumbent": f().item(),
+    }
+
+
+@pytest.mark.parametrize("kind", [BatchedObjective, VmapObjective])
+def test_a_batch_that_is_refused_begins_no_poll_anew(kind, monkeypatch):
+    model, criterion, x, y = problem()
+    evaluate = Opening._evaluate
+    monkeypatch.setattr(Opening, "_evaluate", lambda opening: evaluate(opening) + 1e-3)
+    f = kind(model, criterion, x, y)
+    optimizer = psfast.PatternSearch(f.params, decrease=1e9, max_evaluations=3)
+    optimizer.step(f)
+    for refused in (x[:, :2], x.double()):
+        with pytest.raises((ValueError, RuntimeError)):
+            f.set_batch(refused, y)
+    optimizer.step(f)
+    assert decided(optimizer)["tried"] == 6
+
+
+@pytest.mark.parametrize("kind", [BatchedObjective, VmapObjective])
+def test_it_is_on_the_batch_before_when_set_batch_is_interrupted_at_its_end(kind, monkeypatch):
+    model, criterion, x, y = problem(dropout=0.5)
+    f = kind(model, criterion, x, y)
+    before, evaluate = f.opening().item(), Opening.__call__
+
+    def interrupted(opening):
+        evaluate(opening)
+        raise KeyboardInterrupt
+
+    for batch, seed in (((x + 1.0, y), 0), ((x, y + 1.0), 0), ((x, y), 1)):
+        with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+            context.setattr(Opening, "__call__", interrupted)
+            f.set_batch(*batch, seed=seed)
+        index, delta = (part[:2] for part in some_points(f, 1))
+        assert f.opening.loss_at(index, 0 * delta).item() == pytest.approx(before)
+        assert f.opening().item() == before
+
+
+@pytest.mark.parametrize("kind", [BatchedObjective, VmapObjective])
+def test_an_objective_built_amid_a_poll_does_not_begin_it_anew(kind):
+    arguments = problem()
+    f = kind(*arguments)
+    optimizer = psfast.PatternSearch(f.params, decrease=1e9, max_evaluations=20)
+    optimizer.step(f)
+    optimizer.step(kind(*arguments))
+    assert decided(optimizer)["tried"] == 40

@@ -153,19 +153,19 @@ class BatchedObjective(Objective):
                 self._fresh_of = None
                 # Either evaluates it, or values that the model refuses would go unseen.
                 if self.opening is not None and self._signature() == self._traced_for:
-                    self.opening.set_batch(inputs, targets, seed=self.seed)  # blocks: in their turn
+                    self.opening()  # blocks take it up in their turn
                 else:
                     self._refresh()
                     self._incumbent.bring_up_to_date()
         except BaseException:
-            self._fresh_of = self._traced_for = self.opening = None  # it may be half on this batch
+            self._fresh_of = self._traced_for = None  # it may be half on this batch
             raise
 
     # --- the incumbent ------------------------------------------------------------------------
 
     @_evaluating
     def _build(self) -> None:
-        self._traced_for = self.opening = None
+        self._traced_for = None
         self.device = self.flat.buffer.device
         graph = trace(self._composite, self.inputs, self.targets, self.device)
         self._evaluator = Evaluator(graph, self.params, self._tensors())
@@ -176,8 +176,8 @@ class BatchedObjective(Objective):
         self._take_batch()
         self._find_alone()
         self._verify()
-        if is_light(self._incumbent, self.device.type):
-            self.opening = opening_of(self, self._composite)
+        light = is_light(self._incumbent, self.device.type)
+        self.opening = opening_of(self, self._composite) if light else None
         self._traced_for = self._signature()
 
     def _take_batch(self) -> None:

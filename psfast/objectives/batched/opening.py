@@ -1,5 +1,7 @@
 """A poll's first trial points one after another, where blocks cost more than what they save."""
 
+import weakref
+
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -24,6 +26,12 @@ class Opening(SerialModelObjective):
 
     While much improves, most polls end with them: then nothing is ever stacked, and what
     is kept of the incumbent need not be brought up to date.
+
+    owner: the objective whose opening it is; it has the batch and the mask. Not kept: a cycle
+        would hold model and batch until Python collects garbage.
+    loss: the owner's
+
+    Raises ValueError for a model that moves its parameters.
     """
 
     patience = 8  # what a block and an accepted change cost in plain evaluations: 8 to 26
@@ -31,14 +39,31 @@ class Opening(SerialModelObjective):
     _known: tuple[Tensor, tuple] | None = None  # the incumbent's loss, and what it holds for
     _last: tuple = ()  # the last trial point at this incumbent, and its loss
 
+    def __init__(self, owner: Objective, loss: CompositeLoss):
+        self._owner = weakref.ref(owner)
+        batch = owner.inputs, owner.targets
+        super().__init__(loss.model, loss.criterion, *batch, params=owner.params, seed=owner.seed)
+
     def __call__(self) -> Tensor:
+        self._follow_owner()
         self.flat.changed()
         if self._known is None or self._known[1] != self._place() or self._watch.changed():
-            self._known, self._last = None, ()
+            self._forget()
             loss = super().__call__().item()
             self._watch.look(pytree.tree_leaves((self.inputs, self.targets)))
             self._know(loss)
         return self._known[0].clone()
+
+    def _follow_owner(self) -> None:
+        """Be on its batch, whatever kept a ``set_batch`` of it from its end."""
+        own = self._owner() or self
+        same = self.inputs is own.inputs and self.targets is own.targets
+        if not (same and self.seed == own.seed):
+            self._forget()
+            self.inputs, self.targets, self.seed = own.inputs, own.targets, own.seed
+
+    def _forget(self) -> None:
+        self._known, self._last = None, ()
 
     def _place(self) -> tuple[int, int]:
         return self.flat.changes, torch.get_num_threads()  # on which bits may depend
@@ -68,17 +93,12 @@ class Opening(SerialModelObjective):
         return descent
 
     def _keep(self, i: int, new) -> None:
-        self._known, self._last = None, ()
+        self._forget()
         super()._keep(i, new)
-
-    def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
-        """As every objective's, and evaluates it: a batch that the model refuses raises here."""
-        self._known = None
-        super().set_batch(inputs, targets, seed=seed)
-        self()
 
     def _take_up(self) -> None:
         refuse_autocast(self.flat.buffer.device)  # as the blocks that follow do
+        self._follow_owner()
         if self._watch.has_other_parts():
             self._known = None
         super()._take_up()
@@ -98,9 +118,8 @@ def opening_of(objective: Objective, loss: CompositeLoss) -> Opening | None:
     """
     if next(loss.buffers(), None) is not None:
         return None
-    arguments = loss.model, loss.criterion, objective.inputs, objective.targets
     try:
-        return Opening(*arguments, params=objective.params, seed=objective.seed)
+        return Opening(objective, loss)
     except ValueError:  # a forward pass that moves the parameters
         return None
 

@@ -123,12 +123,9 @@ class VmapObjective(Objective):
         try:
             with self._on_batch(inputs, targets, seed):
                 self._refresh()
-                if self.opening is None:
-                    self()
-                else:
-                    self.opening.set_batch(inputs, targets, seed=self.seed)
+                (self.opening or self)()
         except BaseException:
-            self._verified_for = self.opening = None
+            self._verified_for = None
             raise
 
     def _follow(self) -> None:
@@ -144,10 +141,11 @@ class VmapObjective(Objective):
     def _refresh(self) -> None:
         """Take up the state and the batch as they are now."""
         self._incumbent = None
+        self.flat.changed()  # what is checked is written to its buffer: they must lie there
         self._threads = torch.get_num_threads()  # which sizes are steady may depend on it
         found = *signature(self._composite, self.inputs, self.targets), self._threads
         if found != self._verified_for:
-            self._verified_for = self.opening = None
+            self._verified_for = None
             self._watch.look(())
             self._verify()
             self.opening = opening_of(self, self._composite)
@@ -219,14 +217,14 @@ class VmapObjective(Objective):
         shape = most, *p.shape
         step = torch.randn(shape, generator=generator, dtype=p.dtype, device=p.device)
         values = step.mul_(0.05).add_(p)
-        saved = p.detach().clone()
+        own, saved = self.flat.view(number), p.detach().clone()
         try:
-            p.copy_(values[0])
+            own.copy_(values[0])
             first = self._plain()
-            p.copy_(values[-1])
+            own.copy_(values[-1])
             expected = torch.stack([first, self._plain()])
         finally:
-            p.copy_(saved)
+            own.copy_(saved)
 
         def found(values: Tensor) -> Tensor:
             try:
