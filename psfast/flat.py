@@ -1,6 +1,8 @@
 """One contiguous buffer for all trainable parameters, the parameters as views of it."""
 
+import ctypes
 import operator
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 _PIECE = 2**20 - 3  # words at a time
+_FEW_BYTES = 2**16  # that are copied sooner than a dozen operations take
 
 
 def trainable(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
@@ -26,9 +29,24 @@ def starts_of(tensors: Sequence[Tensor]) -> list[int]:
     return list(accumulate((t.numel() for t in tensors[:-1]), initial=0))[: len(tensors)]
 
 
-def checksum(tensor: Tensor) -> Tensor:
-    """Of the bits, an int64 scalar tensor: it tells one content from another."""
-    words = tensor.detach().contiguous().view(-1).view(torch.uint8)
+def checksum(tensors: Sequence[Tensor]) -> int:
+    """Of the bits of all of them, in [0, 2^64): it tells one content from another."""
+    total, waiting = 0, []
+    for number, tensor in enumerate(tensors, 1):
+        tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        if tensor.device.type == "cpu" and tensor.nbytes <= _FEW_BYTES:
+            content = ctypes.string_at(tensor.data_ptr(), tensor.nbytes) if tensor.nbytes else b""
+            total += number * zlib.crc32(content)
+        else:
+            waiting.append(number * _weighted_bits(tensor))
+    if waiting:
+        total += torch.stack([part.to(waiting[0].device) for part in waiting]).sum().item()
+    return total % 2**64
+
+
+def _weighted_bits(tensor: Tensor) -> Tensor:
+    """An int64 scalar tensor."""
+    words = tensor.view(-1).view(torch.uint8)
     if not len(words) % 8 and not words.storage_offset() % 8:
         words = words.view(torch.int64)
     weights = torch.arange(1, min(len(words), _PIECE) + 1, device=words.device)
@@ -115,7 +133,7 @@ class FlatParameters:
 
     def fingerprint(self) -> int:
         """A checksum of the buffer's bits, to tell whether parameters are those of a checkpoint."""
-        return checksum(self.buffer).item()
+        return checksum([self.buffer])
 
     def locate(self, index: int) -> tuple[int, int]:
         """The (number of the tensor, element in it) of coordinate ``index``."""

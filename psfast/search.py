@@ -298,7 +298,7 @@ def block_size(
     """How many trial points to evaluate next: few while much improves, many while nothing does.
 
     overhead: what a block costs beside its trial points, in trial points
-    at_once: trial points that take no longer than one
+    at_once: trial points that a block should always have
     ahead: whether the next block is evaluated while this one is decided
 
     Half of a block that succeeds is thrown away, so with acceptance probability p about

@@ -39,7 +39,8 @@ class Objective:
     why_not: backend -> the reason it does not serve here
     overhead: what a block costs beside its trial points, about, in trial points; from it the
         search finds the block size that suits how often trial points are accepted
-    at_once: trial points that take no longer than one
+    at_once: trial points that a block should always have: they take no longer than one, or none
+        is evaluated behind the first lower one
     descends: whether it has ``descend``
     largest_gap: trial points between two accepted ones, about, up to which that is faster
     is_asynchronous: whether ``losses`` leaves a device to work and returns before it is done, and
@@ -137,10 +138,7 @@ class Objective:
         if self._checksum is None or self._checksum[1] != versions(self._checksum[0]):
             leaves = tree_leaves((self.inputs, self.targets))
             leaves = [t for t in leaves if type(t) is Tensor and t.layout is torch.strided]
-            sums = [checksum(t) for t in leaves]
-            at = sums[0].device if sums else None
-            sums = [value.to(at) * (k + 1) for k, value in enumerate(sums)]
-            total = 1 + abs(torch.stack(sums).sum().item()) if sums else 0
+            total = 1 + checksum(leaves) if leaves else 0
             self._checksum = leaves, versions(leaves), total
         return self._checksum[2]
 

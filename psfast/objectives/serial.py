@@ -44,6 +44,7 @@ class SerialObjective(Objective):
     """
 
     backend = "serial"
+    at_once = 64  # it stops behind the first lower one
     descends = True
     keeps_losses = True
 

@@ -6,6 +6,8 @@ from operator import attrgetter, is_
 
 from torch import Tensor, nn
 
+from psfast.objectives.base import named_state
+
 _training, _version = attrgetter("training"), attrgetter("_version")
 
 
@@ -27,6 +29,8 @@ class Watch:
         if foreign:
             raise ValueError(f"params must be the model's own, got {foreign} others")
         self._names = {p: name for name, p in root.named_parameters()}
+        self._modules: list[nn.Module] = []
+        self._modes: list[bool] | None = None  # nothing is known yet
         self.look(())
 
     def look(self, batch: Iterable) -> None:
@@ -34,8 +38,17 @@ class Watch:
 
         Raises ValueError if a parameter is not the model's any more.
         """
-        modules = list(self._root.modules())
-        tensors = set(chain(self._root.parameters(), self._root.buffers()))
+        if self.has_other_parts():
+            self._look_at_parts()
+        tensors = {*self._state.values(), *(t for t in batch if isinstance(t, Tensor))}
+        tensors = tensors.difference(self._params)
+        self._tensors = [t for t in tensors if not t.is_inference()]  # those have no version
+        self._versions = self._read_versions()
+
+    def _look_at_parts(self) -> None:
+        self._modes = None
+        self._state = named_state(self._root)
+        tensors = set(self._state.values())
         for p in self._params:
             if p not in tensors:
                 raise ValueError(
@@ -43,15 +56,20 @@ class Watch:
                     "more (a new nn.Parameter or load_state_dict(assign=True) takes its place): "
                     "build another objective"
                 )
-        tensors = tensors.union(t for t in batch if isinstance(t, Tensor)).difference(self._params)
-        self._tensors = [t for t in tensors if not t.is_inference()]  # those have no version
+        modules = list(self._root.modules())
         tables = [t for m in modules for t in (m._parameters, m._buffers, m._modules)]
         tables = [t for t in tables if isinstance(t, dict)]  # scripted modules' are fixed
         self._empty = [t for t in tables if not t]
         self._entries = [t.values() for t in tables if t]
         self._objects = list(chain.from_iterable(self._entries))
         self._modules = modules
-        self._modes, self._versions = self._read_modes(), self._read_versions()
+        self._modes = self._read_modes()
+
+    def parts(self) -> tuple[list[nn.Module], dict[str, Tensor]]:
+        """The modules, and ``named_state`` of the root, as they are now."""
+        if self.has_other_parts():
+            return list(self._root.modules()), named_state(self._root)
+        return self._modules, self._state
 
     # Every evaluation asks: these run in a few microseconds.
 

@@ -16,7 +16,6 @@ from psfast.objectives.base import (
     Objective,
     check_block,
     check_point,
-    named_state,
     sampled,
 )
 from psfast.objectives.batched.evaluate import Evaluator
@@ -183,7 +182,7 @@ class BatchedObjective(Objective):
     def _take_batch(self) -> None:
         batch = self._tensors()
         self._watch.look([*batch, *self._evaluator.graph.constants])
-        self._incumbent.read_state(list(named_state(self._composite).values()))
+        self._incumbent.read_state(list(self._watch.parts()[1].values()))
         if self._evaluator.draw(batch, self.seed, self.device):
             self._forget_sizes()
 
@@ -238,7 +237,7 @@ class BatchedObjective(Objective):
     def _signature(self) -> tuple:
         """What a trace holds for."""
         buffer = self.flat.buffer
-        return *signature(self._composite, self.inputs, self.targets), buffer.dtype, buffer.device
+        return *signature(self._watch, self.inputs, self.targets), buffer.dtype, buffer.device
 
     def _verify(self) -> None:
         """Raise ValueError unless the graph has the model's loss, here and at other points."""

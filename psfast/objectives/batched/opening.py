@@ -49,7 +49,9 @@ class Opening(SerialModelObjective):
         self.flat.changed()
         if self._known is None or self._known[1] != self._place() or self._watch.changed():
             self._forget()
-            loss = super().__call__().item()
+            self._take_up()
+            with self._evaluation():
+                loss = self._evaluate()  # there are no buffers to find
             self._watch.look(pytree.tree_leaves((self.inputs, self.targets)))
             self._know(loss)
         return self._known[0].clone()

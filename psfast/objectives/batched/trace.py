@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from psfast.objectives.base import CompositeLoss, named_state
 from psfast.objectives.batched.interrupts import Uninterrupted
 from psfast.objectives.batched.modes import NoReadValues, run_under, shares_memory, spans
+from psfast.objectives.watch import Watch
 from psfast.random_state import seeded
 
 aten = torch.ops.aten
@@ -190,11 +191,11 @@ def reproduces(losses: Tensor, expected: Tensor) -> bool:
     return torch.allclose(losses, expected, rtol=bound, atol=bound * 1e-3, equal_nan=True)
 
 
-def signature(loss: nn.Module, inputs, targets) -> tuple:
+def signature(watch: Watch, inputs, targets) -> tuple:
     """What is found out holds for: the batch's structure, the modules, and which of them train."""
     leaves, spec = pytree.tree_flatten((inputs, targets))
-    modules = list(loss.modules())
-    state = [(name, *_kind(t)) for name, t in named_state(loss).items()]
+    modules, state = watch.parts()
+    state = [(name, *_kind(t)) for name, t in state.items()]
     return spec, list(map(_kind, leaves)), state, modules, [m.training for m in modules]
 
 

@@ -143,7 +143,7 @@ class VmapObjective(Objective):
         self._incumbent = None
         self.flat.changed()  # what is checked is written to its buffer: they must lie there
         self._threads = torch.get_num_threads()  # which sizes are steady may depend on it
-        found = *signature(self._composite, self.inputs, self.targets), self._threads
+        found = *signature(self._watch, self.inputs, self.targets), self._threads
         if found != self._verified_for:
             self._verified_for = None
             self._watch.look(())
