@@ -32,6 +32,7 @@ _BLOCK_SECONDS = 0.25
 _PROGRESS_SECONDS = 0.1
 _NOT_COPIED = ("progress", "step", "_flat", "_serial", "_spread", "_rule")
 _NOISE_POINTS = 8
+_ROUNDINGS = 64.0  # that a loss may be off by
 _GROUP_ENTRIES = {"params", "radius", "name", "param_names"}
 _ACCEPTANCES = {
     "first": search.first_improvement,
@@ -515,11 +516,11 @@ class PatternSearch(torch.optim.Optimizer):
     def _poll_block(self, objective: Objective, block: _Block) -> tuple:
         """Decide a block and accept at most one change: the decision, what changed, and how many
         trial points were evaluated."""
-        index, delta, losses, bar, arrived = block
+        index, delta, losses, _, arrived = block
         if arrived is not None:
             arrived.synchronize()
         points = self._rule.points(self._poll, index, delta, losses)
-        decision = self._decide(objective, losses, points, bar)
+        decision = self._decide(objective, block, points)
         changes = []
         if decision.success:
             changes = self._accept(objective, index, delta, points, decision)
@@ -561,8 +562,11 @@ class PatternSearch(torch.optim.Optimizer):
         self._poll = search.advance_through(self._poll, places, incumbents, 2 * self._flat.size)
         return decision
 
-    def _decide(self, objective: Objective, losses: Tensor, points: list, bar: float) -> Decision:
+    def _decide(self, objective: Objective, block: _Block, points: list) -> Decision:
+        losses, bar = block.losses, block.bar
         decision = _ACCEPTANCES[self.acceptance](losses, bar)
+        if objective.confirms and losses.is_floating_point():
+            decision = self._confirm(objective, block, decision)
         if self._rule.whole_blocks:
             decision = decision._replace(decided=len(losses))
         if not points:
@@ -571,6 +575,24 @@ class PatternSearch(torch.optim.Optimizer):
         values = torch.stack(losses).tolist()  # one wait for all of them
         bar = self._bar(max(self.decrease, self._rule.least_decrease))
         return search.with_points(decision, values, bar)
+
+    def _confirm(self, objective: Objective, block: _Block, decision: Decision) -> Decision:
+        """The decision by the losses that the trial points would have as incumbents.
+
+        One that is lower by rounding alone is none: else points could be found, each lower than
+        the one before, in a ring, and the radius would never shrink.
+        """
+        index, delta, losses, bar, _ = block
+        close = _ROUNDINGS * torch.finfo(losses.dtype).eps * max(1.0, abs(bar))
+        while decision.chosen is not None and bar - decision.loss <= close:
+            place = slice(decision.chosen, decision.chosen + 1)
+            loss = objective.loss_at(index[place], delta[place]).item()
+            if -math.inf < loss < bar:
+                return decision._replace(loss=loss)
+            losses = losses.clone()
+            losses[place] = loss
+            decision = _ACCEPTANCES[self.acceptance](losses, bar)
+        return decision
 
     @staticmethod
     def _accept(objective, index, delta, points, decision) -> list[tuple[int, float]]:

@@ -307,3 +307,13 @@ def test_the_loss_after_an_accept_depends_on_the_parameters_alone(name, dtype):
         fresh.accept(index[place], delta[place])
         assert torch.equal(f(), fresh())
         assert torch.equal(f.losses(index, delta), fresh.losses(index, delta))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CASES)
+def test_the_loss_at_a_point_is_the_incumbents_there_to_the_bit(name, dtype):
+    f = BatchedObjective(*build(name, dtype))
+    for index, delta in zip(*(part[:8].split(1) for part in some_points(f, 2)), strict=True):
+        there = f.loss_at(index, delta)
+        f.accept(index, delta)
+        assert torch.equal(f(), there)

@@ -401,3 +401,36 @@ def test_an_objective_built_amid_a_poll_does_not_begin_it_anew(kind):
     optimizer.step(f)
     optimizer.step(kind(*arguments))
     assert decided(optimizer)["tried"] == 40
+
+
+@pytest.mark.parametrize("opens, seeds", [(True, (17, 21, 38)), (False, (9, 22, 31, 35))])
+def test_rounding_alone_improves_nothing_for_ever(opens, seeds):
+    """Near the optimum of a tiny model, where points were lower than one another in a ring."""
+    for seed in seeds:
+        torch.manual_seed(seed)
+        model = nn.Linear(4 + seed % 4, 1)
+        x, y = torch.randn(16, model.in_features), torch.randn(16, 1)
+        f = BatchedObjective(model, nn.MSELoss(reduction="sum" if seed % 2 else "mean"), x, y)
+        f.opening = f.opening if opens else None
+        with_ones = torch.cat([x, torch.ones(16, 1)], 1).double()
+        best = torch.linalg.lstsq(with_ones, y.double()).solution
+        with torch.no_grad():
+            model.weight.copy_(best[:-1].T)
+            model.bias.copy_(best[-1])
+        optimizer = psfast.PatternSearch(f.params, radius=1e-4, min_radius=1e-8)
+        for _ in range(2000):
+            optimizer.step(f)
+        assert optimizer.converged, seed
+
+
+def test_losses_that_are_whole_numbers_need_no_confirmation():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(5, 3), torch.randn(40, 5), torch.randint(0, 3, (40,))
+
+    def wrong(outputs, targets):
+        return (outputs.argmax(1) != targets).sum()
+
+    f = BatchedObjective(model, wrong, x, y)
+    optimizer = psfast.PatternSearch(f.params, radius=0.5, max_accepts=3, acceptance="best")
+    before = f().item()
+    assert optimizer.step(f).item() < before

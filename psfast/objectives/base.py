@@ -52,6 +52,8 @@ class Objective:
     patience: how many trial points may fail in a row before ``descend`` ends
     keeps_losses: whether an accepted trial point's loss is, to the bit, the incumbent's from then
         on; where it is not, the search asks for the latter
+    confirms: whether the search is to ask for the latter also before it accepts a trial point that
+        is lower by little more than rounding
 
     A backend implements ``__call__``, ``losses``, ``loss_at`` and ``accept``. None of the
     first three changes a parameter, a buffer or the global random state.
@@ -67,6 +69,7 @@ class Objective:
     interrupted: Descent | None = None
     opening: "Objective | None" = None
     keeps_losses = False
+    confirms = False
     inputs = targets = None
     _checksum: tuple | None = None  # the tensors of the batch, their versions, and theirs
     _has_looked: bool | None = None  # None: outside of ``undisturbed``

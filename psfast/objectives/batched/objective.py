@@ -72,6 +72,7 @@ class BatchedObjective(Objective):
     """
 
     backend = "batched"
+    confirms = True
     overhead = 256.0  # measured: 130 to 700, and less where the block is small
 
     def __init__(

@@ -52,6 +52,7 @@ class VmapObjective(Objective):
     """
 
     backend = "vmap"
+    confirms = True
 
     def __init__(
         self,
