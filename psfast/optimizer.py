@@ -32,7 +32,7 @@ _BLOCK_SECONDS = 0.25
 _PROGRESS_SECONDS = 0.1
 _NOT_COPIED = ("progress", "step", "_flat", "_serial", "_spread", "_rule")
 _NOISE_POINTS = 8
-_ROUNDINGS = 64.0  # that a loss may be off by
+_ROUNDINGS = 8.0  # that a loss may be off by; 1.6 were seen
 _GROUP_ENTRIES = {"params", "radius", "name", "param_names"}
 _ACCEPTANCES = {
     "first": search.first_improvement,
@@ -377,8 +377,11 @@ class PatternSearch(torch.optim.Optimizer):
         Returns who has evaluated it: the one of the last trial point, which knows the loss to the
         bit, or the one of the next, where a step ended between the two with an exception.
         """
-        batch, known, tried = objective.batch_checksum(), self._poll.incumbent, self._poll.tried
+        batch, known = objective.batch_checksum(), self._poll.incumbent
         is_known = known is not None and batch == self._poll.batch
+        if not is_known:
+            self._restart_poll()
+        tried = self._poll.tried
         last, following = (self._evaluator(objective, n) for n in (max(0, tried - 1), tried))
         for current in dict.fromkeys((last, following)):
             value = self._loss_of(current)

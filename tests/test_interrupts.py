@@ -167,3 +167,41 @@ def test_a_warning_as_an_error_comes_after_the_radius_has_shrunk():
 
 def _raise(message, category, **_):
     raise category(message)
+
+
+class InterruptedCells:
+    """The parameters' numbers; Ctrl-C comes in place of one write."""
+
+    def __init__(self, cells, write: int):
+        self.cells, self.left = cells, write
+
+    def __getitem__(self, index):
+        return self.cells[index]
+
+    def __setitem__(self, index, value):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.cells[index] = value
+
+
+@pytest.mark.parametrize("accepts", [1, 100])
+@pytest.mark.parametrize("write", range(1, 9))
+def test_ctrl_c_where_a_value_is_put_back_leaves_the_incumbent(accepts, write):
+    model, _ = regression()
+    x, y = torch.randn(10, 4).double(), torch.randn(10, 2).double()
+    f = psfast.objective(model, nn.MSELoss(), x, y, backend="serial")
+    optimizer = psfast.PatternSearch(f.params, max_accepts=accepts)
+    optimizer.max_evaluations = 1
+    optimizer.step(f)
+    optimizer.max_evaluations = None
+    f._cells.array = InterruptedCells(f._cells.array, write)
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            optimizer.step(f)
+    decided = optimizer.state_dict()["search"]
+    f._cells.array = f._cells.array.cells
+    assert f().item() == decided["incumbent"]
+    optimizer.max_evaluations = 1
+    optimizer.step(f)
+    assert optimizer.state_dict()["search"]["evaluations"] == decided["evaluations"] + 1

@@ -434,3 +434,42 @@ def test_losses_that_are_whole_numbers_need_no_confirmation():
     optimizer = psfast.PatternSearch(f.params, radius=0.5, max_accepts=3, acceptance="best")
     before = f().item()
     assert optimizer.step(f).item() < before
+
+
+def test_a_model_that_moves_its_parameters_has_none():
+    class Moves(nn.Sequential):
+        def forward(self, x):
+            self[0].weight.data = self[0].weight.data.clone()
+            return super().forward(x)
+
+    model, criterion, x, y = problem()
+    assert BatchedObjective(Moves(*model), criterion, x, y).opening is None
+
+
+def test_it_sees_what_the_criterion_reads_change():
+    model, _, x, y = problem()
+    weight = torch.ones(3)
+    f = BatchedObjective(model, lambda a, b: ((a - b) ** 2 * weight).mean(), x, y)
+    before = f.opening().item()
+    weight.mul_(2.0)
+    assert f.opening().item() == pytest.approx(2 * before) == f().item()
+
+
+@pytest.mark.parametrize("kind", [BatchedObjective, VmapObjective])
+def test_buffers_that_came_in_stay_after_an_interrupt(kind):
+    model, criterion, x, y = problem()
+    f = kind(model, criterion, x, y)
+    optimizer = psfast.PatternSearch(f.params)
+    optimizer.step(f)
+    norm = model[2] = nn.BatchNorm1d(9, affine=False)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(f)
+    handle.remove()
+    for _ in range(3):
+        optimizer.step(f)
+    assert norm.num_batches_tracked == 0 and not norm.running_mean.any()

@@ -140,7 +140,7 @@ class Objective:
         """Tells the batch from others; 0 where it is not known, as a closure's."""
         if self._checksum is None or self._checksum[1] != versions(self._checksum[0]):
             leaves = tree_leaves((self.inputs, self.targets))
-            leaves = [t for t in leaves if type(t) is Tensor and t.layout is torch.strided]
+            leaves = [t for t in leaves if type(t) is Tensor and _has_plain_memory(t)]
             total = 1 + checksum(leaves) if leaves else 0
             self._checksum = leaves, versions(leaves), total
         return self._checksum[2]
@@ -193,6 +193,10 @@ class Objective:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def _has_plain_memory(t: Tensor) -> bool:
+    return t.layout is torch.strided and not (t.is_nested or t._is_zerotensor())
 
 
 def versions(leaves: Sequence) -> list[int | None]:

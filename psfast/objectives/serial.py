@@ -69,7 +69,7 @@ class SerialObjective(Objective):
         check_point(index, delta, self.flat.size)
         self._take_up()
         values = []
-        with self._evaluation():
+        with self._evaluation(), self._put_back():
             for _, _, value in self._trials(index, delta):
                 values.append(value)
                 if stop_below is not None and value < stop_below:
@@ -97,6 +97,9 @@ class SerialObjective(Objective):
                     if len(kept) == most or len(decided) == end:
                         break
         except BaseException:
+            if kept:
+                self._keep(*kept[-1][1:3])
+            self.flat.buffer.copy_(self._incumbent)
             self.interrupted = self._descent(decided, kept)
             raise
         finally:
@@ -134,7 +137,7 @@ class SerialObjective(Objective):
         self._take_up()
         buffer = self.flat.buffer
         index, delta = index.to(buffer.device), delta.to(buffer)
-        with self._evaluation():
+        with self._evaluation(), self._put_back():
             saved = buffer[index]
             try:
                 buffer[index] = saved + delta
@@ -167,6 +170,15 @@ class SerialObjective(Objective):
             self._incumbent = self._incumbent.to(buffer.dtype).copy_(buffer)
             self._incumbent_of = self.flat.changes
         self._versions = list(map(_version, self.params))
+
+    @contextmanager
+    def _put_back(self):
+        """An interrupt may come just before the line that puts a value back."""
+        try:
+            yield
+        except BaseException:
+            self.flat.buffer.copy_(self._incumbent)
+            raise
 
     def _evaluate(self) -> float:
         """The closure's loss here, as a number; what it writes is restored."""
@@ -291,6 +303,8 @@ class SerialModelObjective(SerialObjective):
     Evaluates it once, so that a batch which the model refuses is refused here.
     """
 
+    _has_buffers = True  # that the loss writes to: they are found
+
     def __init__(self, model, criterion, inputs, targets, *, params=None, seed: int = 0):
         self.model, self.criterion = model, criterion
         self.inputs, self.targets = inputs, targets
@@ -301,13 +315,14 @@ class SerialModelObjective(SerialObjective):
         self()
 
     def _take_up(self) -> None:
-        is_other = self._watch.has_other_parts()
-        if is_other:
+        if self._watch.has_other_parts():
+            self._has_buffers = False  # other modules, or other ones that train: other buffers
             self._watch.look(())
         super()._take_up()
-        if is_other:  # other modules, or other ones that train: they may write to other buffers
+        if not self._has_buffers:
             with self._evaluation(), self._found_buffers():
                 self._evaluate()
+            self._has_buffers = True
 
     def _modules(self) -> Iterable[nn.Module]:
         return self._composite.modules()

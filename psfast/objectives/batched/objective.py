@@ -177,7 +177,7 @@ class BatchedObjective(Objective):
         self._find_alone()
         self._verify()
         light = is_light(self._incumbent, self.device.type)
-        self.opening = opening_of(self, self._composite) if light else None
+        self.opening = opening_of(self, self._composite, graph.constants) if light else None
         self._traced_for = self._signature()
 
     def _take_batch(self) -> None:

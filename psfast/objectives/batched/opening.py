@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Opening(SerialModelObjective):
 
     owner: the objective whose opening it is; it has the batch and the mask. Not kept: a cycle
         would hold model and batch until Python collects garbage.
-    loss: the owner's
+    loss: the owner's; constants: tensors that it reads, beside the model's and the batch
 
     Raises ValueError for a model that moves its parameters.
     """
@@ -41,7 +42,8 @@ class Opening(SerialModelObjective):
     _known: tuple[Tensor, tuple] | None = None  # the incumbent's loss, and what it holds for
     _last: tuple = ()  # the last trial point at this incumbent, and its loss
 
-    def __init__(self, owner: Objective, loss: CompositeLoss):
+    def __init__(self, owner: Objective, loss: CompositeLoss, constants: Sequence[Tensor]):
+        self._constants = constants
         self._owner = weakref.ref(owner)
         batch = owner.inputs, owner.targets
         super().__init__(loss.model, loss.criterion, *batch, params=owner.params, seed=owner.seed)
@@ -54,9 +56,10 @@ class Opening(SerialModelObjective):
         if self._known is None or self._known[1] != self._place() or self._watch.changed():
             self._forget()
             self._take_up()
-            with self._evaluation():
-                loss = self._evaluate()  # there are no buffers to find
-            self._watch.look(pytree.tree_leaves((self.inputs, self.targets)))
+            with self._evaluation(), self._held_in_place():
+                loss = self._evaluate()
+            batch = pytree.tree_leaves((self.inputs, self.targets))
+            self._watch.look([*batch, *self._constants])
             self._know(loss)
         return self._known[0].clone()
 
@@ -115,7 +118,9 @@ class Opening(SerialModelObjective):
         return loss
 
 
-def opening_of(objective: Objective, loss: CompositeLoss) -> Opening | None:
+def opening_of(
+    objective: Objective, loss: CompositeLoss, constants: Sequence[Tensor] = ()
+) -> Opening | None:
     """An objective's, of this loss; None where the serial loop refuses it.
 
     None also where there are buffers: the serial loop evaluates on the model's own, which an
@@ -125,7 +130,7 @@ def opening_of(objective: Objective, loss: CompositeLoss) -> Opening | None:
     if next(loss.buffers(), None) is not None:
         return None
     try:
-        return Opening(objective, loss)
+        return Opening(objective, loss, constants)
     except ValueError:  # a forward pass that moves the parameters
         return None
 
