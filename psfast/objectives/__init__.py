@@ -54,8 +54,9 @@ def objective(
 
     The batch is fixed; go on with another by ``set_batch(inputs, targets)``. What is done later to
     the model's parameters, buffers, submodules and mode, and to the batch in place, is followed,
-    or raises ValueError where it cannot be. Plain attributes (a dropout's ``p``) and hooks are to
-    stay as they are now, and writes through ``.data`` go unseen.
+    or raises ValueError where it cannot be. Plain attributes (a dropout's ``p``), hooks, and the
+    entries of a batch that is a dict or list are to stay as they are now, with "vmap" also tensors
+    that only a function knows (``criterion``'s weights); writes through ``.data`` go unseen.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -20,7 +20,7 @@ from psfast.objectives.serial import SerialModelObjective
 # blocks take 3.7 times as long at 0.12 million (an MLP), as long at 0.3 and 0.4 (a small CNN, a
 # small transformer); on an H100 2.6 and 1.6 times at 0.4 and 6 million (a small transformer).
 _LIGHT = {"cpu": 200_000, "cuda": 10_000_000}
-_TINY_POLL = 32  # trial points: with so few, what each kind of loss finds lower may go in a ring
+_TINY_POLL = 64  # trial points: with so few, what each kind of loss finds lower may go in a ring
 _MOVING = 0.5  # of the nodes; dropout masks are some that do not
 
 
