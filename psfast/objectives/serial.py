@@ -86,7 +86,7 @@ class SerialObjective(Objective):
         end = self.patience  # of decided ones
         bar = acceptance_bar(incumbent, margin)
         try:
-            with self._evaluation():
+            with self._evaluation(), self._put_back():
                 for i, new, value in self._trials(index, delta):
                     if -math.inf < value < bar:
                         kept.append((len(decided), i, new, value))
@@ -97,9 +97,6 @@ class SerialObjective(Objective):
                     if len(kept) == most or len(decided) == end:
                         break
         except BaseException:
-            if kept:
-                self._keep(*kept[-1][1:3])
-            self.flat.buffer.copy_(self._incumbent)
             self.interrupted = self._descent(decided, kept)
             raise
         finally:
@@ -126,10 +123,8 @@ class SerialObjective(Objective):
         for i, d in zip(index.tolist(), delta.tolist(), strict=True):
             saved = cells[i]
             cells[i] = new = saved + d
-            try:
-                loss = self._evaluate()
-            finally:
-                cells[i] = saved
+            loss = self._evaluate()
+            cells[i] = saved
             yield i, new, loss
 
     def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
@@ -139,11 +134,10 @@ class SerialObjective(Objective):
         index, delta = index.to(buffer.device), delta.to(buffer)
         with self._evaluation(), self._put_back():
             saved = buffer[index]
-            try:
-                buffer[index] = saved + delta
-                return torch.tensor(self._evaluate(), dtype=torch.float64)
-            finally:
-                buffer[index] = saved
+            buffer[index] = saved + delta
+            loss = self._evaluate()
+            buffer[index] = saved
+        return torch.tensor(loss, dtype=torch.float64)
 
     def accept(self, index: Tensor, delta: Tensor) -> None:
         check_point(index, delta, self.flat.size)
@@ -173,7 +167,7 @@ class SerialObjective(Objective):
 
     @contextmanager
     def _put_back(self):
-        """An interrupt may come just before the line that puts a value back."""
+        """The incumbent is there again when an error or an interrupt, at any line, ends this."""
         try:
             yield
         except BaseException:
@@ -316,13 +310,16 @@ class SerialModelObjective(SerialObjective):
 
     def _take_up(self) -> None:
         if self._watch.has_other_parts():
-            self._has_buffers = False  # other modules, or other ones that train: other buffers
-            self._watch.look(())
+            self._take_up_parts()
         super()._take_up()
         if not self._has_buffers:
             with self._evaluation(), self._found_buffers():
                 self._evaluate()
             self._has_buffers = True
+
+    def _take_up_parts(self) -> None:
+        self._has_buffers = False  # other modules, or other ones that train: other buffers
+        self._watch.look(())
 
     def _modules(self) -> Iterable[nn.Module]:
         return self._composite.modules()

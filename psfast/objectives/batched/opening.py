@@ -108,9 +108,11 @@ class Opening(SerialModelObjective):
     def _take_up(self) -> None:
         refuse_autocast(self.flat.buffer.device)  # as the blocks that follow do
         self._follow_owner()
-        if self._watch.has_other_parts():
-            self._known = None
         super()._take_up()
+
+    def _take_up_parts(self) -> None:
+        self._forget()
+        super()._take_up_parts()
 
     def _call(self):
         loss = super()._call()
