@@ -91,6 +91,7 @@ class PatternSearchMixin:
     backend = "auto"
     last_search: BatchReport | None = None
     _in_trial = False
+    _found: tuple[Objective, Tensor] | None = None  # what this batch's search ended on
     _objectives: BatchObjectives | None = None
     _told: frozenset[str] = frozenset()  # what need not be said again
 
@@ -154,7 +155,9 @@ class PatternSearchMixin:
                 objective = self._objective(search, batch, seed)
                 if objective is None:
                     objective = _loss_of(partial(training_step, *args, **kwargs))
-                self._search(search, objective)
+                loss = self._search(search, objective)
+            if isinstance(objective, Objective) and self.last_search.evaluations:
+                self._found = objective, loss  # once converged, it may be of an earlier batch
             with seeded(seed, self.device):  # the mask of the search, so that the losses agree
                 output = training_step(*args, **kwargs)
             self._log_search(search)
@@ -166,6 +169,7 @@ class PatternSearchMixin:
         try:
             optimizer_closure()
         finally:
+            self._found = None
             del self.training_step
             if own is not None:  # a compiled one
                 self.training_step = own
@@ -322,9 +326,12 @@ class _Task(L.LightningModule):
     def training_step(self, batch, batch_idx) -> Tensor:
         inputs, targets = unpack(batch)
         supervised_positions(self.criterion, targets)
-        loss = self.criterion(self.model(inputs), targets)
+        loss = self._loss(inputs, targets)
         self.log("train_loss", loss, prog_bar=True, batch_size=sample_count(targets))
         return loss
+
+    def _loss(self, inputs, targets) -> Tensor:
+        return self.criterion(self.model(inputs), targets)
 
     def on_train_start(self) -> None:
         """Raises MisconfigurationException if the checkpoint was of another optimizer."""
@@ -399,6 +406,14 @@ class PatternSearchTask(PatternSearchMixin, _Task):
     def search_parts(self, batch):
         """The task's model and criterion, on the batch's inputs and targets."""
         return self.model, self.criterion, *unpack(batch)
+
+    def _loss(self, inputs, targets) -> Tensor:
+        """The one that the search ended on, where another evaluation would do nothing beside."""
+        objective, loss = self._found or (None, None)
+        is_own = type(self).search_parts is PatternSearchTask.search_parts
+        if objective is None or not (objective.is_pure and is_own):
+            return super()._loss(inputs, targets)
+        return loss
 
 
 class PatternSearchTransformer(PatternSearchTask):

@@ -134,6 +134,47 @@ def test_the_logs_show_the_accepted_state_once_a_step(tmp_path):
     assert module.net[1].num_batches_tracked == 3, "BatchNorm sees one pass a step"
 
 
+class OwnParts(PatternSearchTask):
+    def search_parts(self, batch):
+        return super().search_parts(batch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend", "passes"),
+    [
+        (PatternSearchTask, "fused", 0),
+        (PatternSearchTask, "batched", 1),  # a module of any kind may count its passes
+        (OwnParts, "fused", 1),  # its search may be on another loss
+    ],
+)
+def test_a_task_takes_the_loss_that_its_fused_search_found(
+    tmp_path, monkeypatch, kind, backend, passes
+):
+    sizes = {"d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 8, "dropout": 0.0}
+    model, forward = psfast.DecoderOnlyTransformer(**sizes), psfast.DecoderOnlyTransformer.forward
+    calls, losses = [], []
+
+    def counted(self, inputs):
+        if not task._in_trial:
+            calls.append(inputs)
+        return forward(self, inputs)
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            loss = module.criterion(forward(model, batch["x"]), batch["y"]).item()
+            losses.append((trainer.logged_metrics["train_loss"].item(), loss))
+
+    monkeypatch.setattr(psfast.DecoderOnlyTransformer, "forward", counted)
+    task = kind(model, 0.1, backend=backend)
+    run = trainer(tmp_path, Losses(), max_epochs=1, limit_train_batches=3, limit_val_batches=0)
+    run.fit(task, StateTrackingDataModule())
+    assert len(calls) == 3 * passes
+    for logged, loss in losses:
+        assert logged == pytest.approx(loss, rel=1e-5)
+    if not passes:
+        assert losses[-1][0] == run.optimizers[0].last_poll.loss_after
+
+
 def test_it_decides_as_a_plain_loop_does(tmp_path):
     module = Searched()
     trainer(tmp_path, max_epochs=1).fit(module, loader())

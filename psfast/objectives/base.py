@@ -52,6 +52,8 @@ class Objective:
     patience: how many trial points may fail in a row before ``descend`` ends
     keeps_losses: whether an accepted trial point's loss is, to the bit, the incumbent's from then
         on; where it is not, the search asks for the latter
+    is_pure: whether an evaluation of the model changes nothing that is to stay, such as BatchNorm's
+        statistics
     confirms: whether the search is to ask for the latter also before it accepts a trial point that
         is lower by little more than rounding
 
@@ -69,6 +71,7 @@ class Objective:
     interrupted: Descent | None = None
     opening: "Objective | None" = None
     keeps_losses = False
+    is_pure = False
     confirms = False
     inputs = targets = None
     _checksum: tuple | None = None  # the tensors of the batch, their versions, and theirs

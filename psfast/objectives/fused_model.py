@@ -25,6 +25,7 @@ class FusedModelObjective(Objective):
     """
 
     backend = "fused"
+    is_pure = True  # of a model as it was built
 
     def set_batch(self, inputs: Tensor, targets: Tensor, *, seed: int | None = None) -> None:
         self._fresh_of = None
