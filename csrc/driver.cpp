@@ -197,13 +197,13 @@ void losses(const Context<R>& c, const int64_t* index, const R* delta, int64_t K
 }
 
 template <class R>
-void refresh(const Context<R>& c, const int64_t* changed, int64_t count) {
+void refresh(const Context<R>& c, const int64_t* changed, int64_t count, bool same_batch) {
   const Sizes& s = c.s;
   const Evaluator<R>& run = evaluator<R>();
   int64_t layer = 0;
   bool behind_attention = false;
   if (changed) {
-    int64_t from = 2 * s.L + 1;  // in half layers
+    int64_t from = same_batch ? 2 * s.L + 1 : 0;  // in half layers
     for (int64_t i = 0; i < count; ++i) {
       const Coordinate at = locate(s, *c.map, changed[i]);
       const bool embedding = at.kind == Kind::token || at.kind == Kind::position;
@@ -242,7 +242,7 @@ Descent descend(const Context<R>& c, R* weights, const int64_t* index, const R* 
       ++tried;
       if (!(out[k] < bar) || out[k] == -HUGE_VAL) continue;
       weights[index[k]] += delta[k];
-      refresh(c, index + k, 1);
+      refresh(c, index + k, 1, true);
       incumbent = incumbent_loss(c);
       places[d.accepted] = k;
       incumbents[d.accepted++] = incumbent;
@@ -268,7 +268,7 @@ double loss_from_scratch(const Context<R>& c) {
   template void losses<R>(const Context<R>&, const int64_t*, const R*, int64_t, double*); \
   template Descent descend<R>(const Context<R>&, R*, const int64_t*, const R*, int64_t, double, \
                               double, int64_t, double, double*, int64_t*, double*);       \
-  template void refresh<R>(const Context<R>&, const int64_t*, int64_t);
+  template void refresh<R>(const Context<R>&, const int64_t*, int64_t, bool);
 PSFAST_INSTANTIATE(float)
 PSFAST_INSTANTIATE(double)
 

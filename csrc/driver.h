@@ -25,9 +25,10 @@ Descent descend(const Context<R>& c, R* weights, const int64_t* index, const R* 
                 int64_t* places, double* incumbents);
 
 // Prepares weights and the incumbent's activations again after the coordinates `changed` were
-// written; all of them for changed = nullptr.
+// written; all of them for changed = nullptr. Unless it is the `same_batch` as before, with its
+// mask, all activations.
 template <class R>
-void refresh(const Context<R>& c, const int64_t* changed, int64_t count);
+void refresh(const Context<R>& c, const int64_t* changed, int64_t count, bool same_batch);
 
 template <class R>
 double incumbent_loss(const Context<R>& c);

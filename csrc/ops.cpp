@@ -121,12 +121,12 @@ int64_t fused_workspace_size(std::vector<int64_t> sizes, int64_t B, int64_t T,
 
 Tensor fused_refresh(Tensor weights, Tensor tokens, Tensor targets, std::optional<Tensor> mask,
                      Tensor workspace, std::vector<int64_t> sizes, double eps,
-                     std::optional<Tensor> changed) {
+                     std::optional<Tensor> changed, bool same_batch) {
   Tensor loss = torch::stable::new_empty(weights, {}, ScalarType::Double);
   with_problem(weights, tokens, targets, mask, workspace, sizes, eps, [&](const auto& c) {
     if (changed) check_index(*changed, "changed", weights.numel());
     psfast::refresh(c, changed ? static_cast<const int64_t*>(changed->data_ptr()) : nullptr,
-                    changed ? changed->numel() : 0);
+                    changed ? changed->numel() : 0, same_batch);
     *static_cast<double*>(loss.data_ptr()) = psfast::incumbent_loss(c);
   });
   return loss;
@@ -195,7 +195,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(psfast, m) {
   m.def("instruction_set() -> str");
   m.def(
       "fused_refresh(Tensor weights, Tensor tokens, Tensor targets, Tensor? mask, "
-      "Tensor(a!) workspace, int[] sizes, float eps, Tensor? changed) -> Tensor");
+      "Tensor(a!) workspace, int[] sizes, float eps, Tensor? changed, "
+      "bool same_batch) -> Tensor");
   m.def(
       "fused_loss(Tensor weights, Tensor tokens, Tensor targets, Tensor? mask, "
       "Tensor(a!) workspace, int[] sizes, float eps) -> Tensor");

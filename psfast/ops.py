@@ -76,13 +76,17 @@ def fused_plan(
     return FusedPlan(sizes, eps, tokens, targets, mask, workspace)
 
 
-def fused_refresh(weights: Tensor, plan: FusedPlan, changed: Tensor | None = None) -> Tensor:
+def fused_refresh(
+    weights: Tensor, plan: FusedPlan, changed: Tensor | None = None, same_batch: bool = True
+) -> Tensor:
     """The incumbent's loss, a float64 scalar; brings ``plan.workspace`` up to date.
 
     weights: (N,), all of the model's parameters in the order of ``model.parameters()``
-    changed: (M,) int64, the elements written since the last refresh; None for any of them
+    changed: (M,) int64, the elements written since the last refresh; None for any of them, or
+        where that was with a mask and this is without, or the other way round
+    same_batch: whether tokens, targets and mask are those of the last refresh
     """
-    return torch.ops.psfast.fused_refresh(weights, *plan.arguments(), changed)
+    return torch.ops.psfast.fused_refresh(weights, *plan.arguments(), changed, same_batch)
 
 
 def fused_loss(weights: Tensor, plan: FusedPlan) -> Tensor:
@@ -138,7 +142,7 @@ def _loaded() -> str | None:
     return reason
 
 
-def _fake_refresh(weights, tokens, targets, mask, workspace, sizes, eps, changed):
+def _fake_refresh(weights, tokens, targets, mask, workspace, sizes, eps, changed, same_batch):
     return weights.new_empty((), dtype=torch.float64)
 
 

@@ -10,8 +10,10 @@ from psfast.ops import FusedPlan
 from psfast.search import acceptance_bar
 
 
-def fused_refresh(weights: Tensor, plan: FusedPlan, changed: Tensor | None = None) -> Tensor:
-    """The incumbent's loss, a float64 scalar. Nothing is kept, so ``changed`` says nothing new."""
+def fused_refresh(
+    weights: Tensor, plan: FusedPlan, changed: Tensor | None = None, same_batch: bool = True
+) -> Tensor:
+    """The incumbent's loss, a float64 scalar. Nothing is kept, so the rest says nothing new."""
     return fused_loss(weights, plan)
 
 

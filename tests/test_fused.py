@@ -238,6 +238,58 @@ def test_goes_on_with_another_batch_and_mask():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@torch.no_grad()
+def accept_many(model, fused):
+    fused.accept(torch.arange(100), torch.full((100,), 0.1).double())
+
+
+@torch.no_grad()
+def write(model, fused):
+    model.head.weight[0, 0] += 0.25
+
+
+@torch.no_grad()
+def write_frozen(model, fused):
+    model.final_norm.weight[1] += 0.25
+
+
+def interrupt(model, fused):
+    """A batch that is refused, behind one whose refresh fails."""
+    before, refresh = fused.inputs, ops.fused_refresh
+    try:
+        ops.fused_refresh = None
+        with pytest.raises(TypeError):
+            fused.set_batch(before.flip(1), fused.targets)
+    finally:
+        ops.fused_refresh = refresh
+    with pytest.raises(ValueError, match="inputs"):
+        fused.set_batch(before + 99, fused.targets)
+
+
+def evaluate(model, fused):
+    model.eval()
+
+
+@pytest.mark.parametrize("freezes", [False, True])
+@pytest.mark.parametrize("change", [None, accept_many, write, write_frozen, interrupt, evaluate])
+def test_another_batch_after_changes_is_as_all_anew(change, freezes):
+    """What is prepared of the weights is kept over batches: to the bit what a new one has."""
+    model, criterion, tokens, targets = problem(dropout=0.3)
+    params = [p for p in model.parameters() if not freezes or p is not model.final_norm.weight]
+    fused = FusedObjective(model, criterion, tokens, targets, params=params, seed=1)
+    for step in range(4):
+        place = torch.tensor([7 + 60 * step, 500 + step, fused.flat.size - 1 - step])
+        fused.accept(place, torch.full((3,), 0.1).double())
+        if change is not None and step == 2:
+            change(model, fused)
+        batch = tokens.roll(step, 1), targets.roll(step, 0)
+        fused.set_batch(*batch, seed=step)
+        new = FusedObjective(model, criterion, *batch, params=params, seed=step)
+        index, delta = every_coordinate(new)
+        assert fused() == new()
+        assert torch.equal(fused.losses(index, delta), new.losses(index, delta))
+
+
 def test_without_supervision_the_loss_is_nan():
     model, criterion, tokens, targets = problem()
     fused = FusedObjective(model, criterion, tokens, torch.full_like(targets, IGNORED))
@@ -428,8 +480,8 @@ def test_ops_pass_opcheck():
     base = (weights, *plan.arguments())
     torch.library.opcheck(torch.ops.psfast.fused_losses.default, (*base, index, delta))
     torch.library.opcheck(torch.ops.psfast.fused_loss.default, base)
-    torch.library.opcheck(torch.ops.psfast.fused_refresh.default, (*base, None))
-    torch.library.opcheck(torch.ops.psfast.fused_refresh.default, (*base, index))
+    torch.library.opcheck(torch.ops.psfast.fused_refresh.default, (*base, None, True))
+    torch.library.opcheck(torch.ops.psfast.fused_refresh.default, (*base, index, False))
     numbers = (index, delta, 5.0, 0.0, 9, 1.0)
     torch.library.opcheck(torch.ops.psfast.fused_descend.default, (*base, *numbers))
 

@@ -1,5 +1,8 @@
 """A decoder-only transformer's loss on the CPU, from trial point to loss in one C++ call."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +14,7 @@ from psfast.objectives.fused_model import FusedModelObjective, sizes_of, why_not
 from psfast.objectives.watch import Watch
 from psfast.random_state import seeded
 
+_NONE = torch.empty(0, dtype=torch.int64)
 _FEW = 64  # accepted coordinates up to which preparing what each one touches is cheaper
 
 
@@ -54,6 +58,7 @@ class FusedObjective(FusedModelObjective):
         self._plan = self._scratch = None
         self._written: list[Tensor] = []  # what was accepted since the last refresh
         self._fresh_of: int | None = None
+        self._weights_of: int | None = None  # the same of the prepared weights alone
         self._prepare()
 
     def __call__(self) -> Tensor:
@@ -108,8 +113,17 @@ class FusedObjective(FusedModelObjective):
             losses[:decided], places[:accepted].tolist(), incumbents[:accepted].tolist(), evaluated
         )
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        weights_of, self._weights_of = self._weights_of, None
+        with super()._changing():
+            yield
+        self._weights_of = weights_of
+
     def _prepare(self) -> None:
         """Take up the model and the batch as they are now."""
+        if self._weights_of is not None and self._watch.changed():
+            self._weights_of = None
         if self._take_up():
             self._all = list(self.model.parameters())
         inputs, targets = self.inputs.long().contiguous(), self.targets.long().contiguous()
@@ -119,13 +133,15 @@ class FusedObjective(FusedModelObjective):
         self.flat.changed()
         is_other = self._is_of_other_dtype()
         if old is None or is_other or old.sizes != sizes or old.tokens.shape != inputs.shape:
+            self._weights_of = None
             eps = self.model.final_norm.eps
             self._plan = ops.fused_plan(sizes, eps, inputs, targets, mask, self.flat.buffer)
             self._scratch = None
         else:
+            if (old.mask is None) != (mask is None):  # some products are of a loss without one
+                self._weights_of = None
             self._plan = old._replace(tokens=inputs, targets=targets, mask=mask)
-        self._refresh()
-        self._fresh_of = self.flat.changes
+        self._refresh(same_batch=False)
 
     def _is_of_other_dtype(self) -> bool:
         return self._plan is not None and self._plan.workspace.dtype != self.flat.buffer.dtype
@@ -147,22 +163,23 @@ class FusedObjective(FusedModelObjective):
             self._fresh_of = None
             self._prepare()
         elif has_other_values or self._written:
-            with self._changing():
-                self._refresh(everything=has_other_values)
+            self._refresh(same_batch=True)
 
-    def _refresh(self, everything: bool = True) -> None:
+    def _refresh(self, same_batch: bool) -> None:
         """Take up the parameters' values; or only what was accepted, as late as this: between an
         accept and the next evaluation there often is another batch."""
         changed = None
-        if not everything:
-            written = torch.cat(self._written)
+        if self._weights_of == self.flat.changes:
+            written = torch.cat(self._written) if self._written else _NONE
             changed = written if len(written) <= _FEW else None
         elif self._shift is None:
             self._weights = self.flat.buffer
         else:
             self._weights = torch.cat([p.detach().reshape(-1) for p in self._all])
-        self._loss = ops.fused_refresh(self._weights, self._plan, changed)
+        self._fresh_of = self._weights_of = None
+        self._loss = ops.fused_refresh(self._weights, self._plan, changed, same_batch)
         self._written.clear()
+        self._fresh_of = self._weights_of = self.flat.changes
 
 
 def _dropout_masks(model, shape: torch.Size, seed: int) -> Tensor | None:
