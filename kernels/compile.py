@@ -154,8 +154,10 @@ def cases() -> Iterator[Case]:
         config = configs.choose_config(sizes, arch // 10, DEFAULT_MODE)
         constants = configs.describe_constants(sizes, config)
         yield Case("describe", "describe", constants, usual, arch)
-        constants = configs.take_first_constants(sizes, config, 32)
-        yield Case("take first", "take_first", constants, usual | {"num_warps": 1}, arch)
+        for block in (32, 102):
+            constants = configs.take_first_constants(sizes, config, block)
+            warps = configs.take_first_options(constants)
+            yield Case(f"take first of {block}", "take_first", constants, usual | warps, arch)
     tails = [(*key, V) for key in configs.TAILS for V in (102, 300)]  # at once, and in parts
     for case, keys in ((blocks_case, configs.BLOCKS), (tail_case, tails)):
         for key in keys:

@@ -141,6 +141,12 @@ def take_first_constants(sizes: Sizes, config: Config, block: int) -> dict:
     return {**tell_constants(sizes, config), "SCALE": WEIGHT_SCALE, "BLOCK": size}
 
 
+def take_first_options(constants: dict) -> dict:
+    """The launch options of ``losses.take_first``, compiled for these."""
+    # From BLOCK: Triton takes powers of two alone, and a block is as long as its memory lets it.
+    return {"num_warps": min(8, max(1, constants["BLOCK"] // 32))}
+
+
 @functools.cache
 def blocks_constants(sizes: Sizes, config: Config, mode: str, *, cache: bool, repair: bool) -> dict:
     """The compile-time arguments of ``blocks.run_blocks``."""

@@ -4,7 +4,7 @@ import math
 
 import torch
 from psfast.kernels import losses as kernel
-from psfast.kernels.configs import take_first_constants
+from psfast.kernels.configs import take_first_constants, take_first_options
 from psfast.kernels.plan import PROGRAMS, Cache, Operands, Rows, TransformerPlan
 from torch import Tensor
 
@@ -166,5 +166,5 @@ class DescentLoop:
                 plan.sizes.n_layers,
                 int(is_final),
                 **constants,
-                num_warps=min(8, max(1, self._block // 32)),
+                **take_first_options(constants),
             )
