@@ -366,6 +366,26 @@ def test_frozen_parameters_are_read_and_not_counted():
     check(objective, *points(objective, 1))
 
 
+def test_parameters_of_another_dtype_are_refused_until_they_are_back():
+    sizes = {"vocab_size": 11, "d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 16}
+    objective = FusedCudaObjective(*problem(2, 5, **sizes))
+    before = objective()
+    objective.model.double()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"must be in float32, got torch\.float64"):
+            objective()
+    objective.model.float()
+    assert torch.equal(objective(), before)
+
+
+def test_parameters_that_are_not_where_the_cache_is_get_another_one():
+    sizes = {"vocab_size": 11, "d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 16}
+    objective = FusedCudaObjective(*problem(2, 5, **sizes))
+    before, plan = objective(), objective._plan
+    plan.device = torch.device("meta")  # as if they had been moved from there
+    assert torch.equal(objective(), before) and objective._plan is not plan
+
+
 def test_beyond_fp16s_range_it_evaluates_again():
     model, *rest = problem(**SIZES["three tiles"])
     objective = FusedCudaObjective(model, *rest)

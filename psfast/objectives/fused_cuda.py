@@ -175,6 +175,9 @@ class FusedCudaObjective(FusedModelObjective):
 
     def _prepare(self) -> None:
         """Take up the model and the batch as they are now."""
+        head = self.model.head.weight
+        if reason := _why_not(head.device, head.dtype):
+            raise ValueError(reason)
         self._take_up()
         inputs, targets = self.inputs, self.targets
         searched = set(self.params)
@@ -251,12 +254,17 @@ class FusedCudaObjective(FusedModelObjective):
         if not self._must_look():
             return
         self.flat.changed()
-        if self._fresh_of is None or self._watch.changed():
+        if self._fresh_of is None or self._watch.changed() or self._is_elsewhere():
             self._fresh_of = None
             self._prepare()
         elif self._fresh_of != self.flat.changes:
             with self._changing():
                 self._refresh()
+
+    def _is_elsewhere(self) -> bool:
+        """Whether the parameters went where the cache is not: kernels would read it from there."""
+        buffer = self.flat.buffer
+        return buffer.device != self._plan.device or buffer.dtype != torch.float32
 
     def _refresh(self) -> None:
         if self._fixed and self._values is not None:
