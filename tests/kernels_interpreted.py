@@ -348,6 +348,15 @@ def test_another_batch_another_mask_and_no_dropout():
     assert math.isnan(objective().item())
 
 
+def test_targets_without_a_sign_have_the_same_loss():
+    sizes = {"vocab_size": 11, "d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 16}
+    model, criterion, inputs, targets = problem(2, 5, **sizes)
+    objective = FusedCudaObjective(model, criterion, inputs, targets)
+    before = objective()
+    objective.set_batch(inputs, targets.to(torch.uint8))
+    assert torch.equal(objective(), before)
+
+
 def test_another_number_of_supervised_rows_stays_in_place():
     objective = FusedCudaObjective(*problem(**MANY_ROWS))
     rows, targets = objective._rows, objective.targets.clone()

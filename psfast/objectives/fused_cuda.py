@@ -207,7 +207,8 @@ class FusedCudaObjective(FusedModelObjective):
             )
             self._rows = self._cache = self._values = None
         masks = self._masks(inputs.shape, dropout) if dropout > 0 else None
-        scored = torch.where(targets == self.criterion.ignore_index, -1, targets)
+        # In 64 bits: uint8, which cross_entropy takes, has no -1.
+        scored = torch.where(targets == self.criterion.ignore_index, -1, targets.long())
         rows = self._plan.rows(inputs, scored, masks, dropout)
         sizes_of = self._plan.cache_sizes
         largest = max(sizes_of(rows).values())
