@@ -22,12 +22,12 @@ _DEVICE_CHUNK = 1 << 18  # where launches cost the same for few and for many
 
 
 @functools.cache
-def _kernel_to_draw() -> Callable | None:
+def _kernel_to_draw(device: torch.device) -> Callable | None:
     """One launch for some four hundred operations of a few microseconds each, where Triton runs."""
     try:
         from psfast.kernels.order import draw
 
-        draw([1] * 6, (2, 2), 0, 4, 4, torch.zeros(1, device="cuda"))
+        draw([1] * 6, (2, 2), 0, 4, 4, torch.zeros(1, device=device))
     except Exception:  # no Triton, no C compiler, an old GPU: torch's own operations do it then
         return None
     return draw
@@ -70,7 +70,7 @@ class CompletePoll:
 
     def _draw(self, order: int, start: int, count: int) -> tuple[Tensor, Tensor]:
         total, buffer = 2 * self.flat.size, self.flat.buffer
-        kernel = _kernel_to_draw() if buffer.device.type == "cuda" else None
+        kernel = _kernel_to_draw(buffer.device) if buffer.device.type == "cuda" else None
         if kernel:
             keys, sides = search.permutation(self.seed, order, total)
             return kernel(keys, sides, start, count, total, buffer)

@@ -11,7 +11,7 @@ from descents import serial_descent
 from psfast.kernels import configs, evaluation, order, plan
 
 import psfast
-from psfast import search
+from psfast import polling, search
 from psfast.objectives import fused_cuda
 from psfast.objectives.fused_cuda import FusedCudaObjective
 
@@ -508,3 +508,10 @@ def test_the_poll_order_is_drawn_as_on_a_cpu(total):
             entries = search.poll_order(3, 7, start, count, total)
             expected = search.coordinates(entries)
             assert torch.equal(index, expected[0]) and torch.equal(sign, expected[1].to(dtype))
+
+
+def test_the_kernel_that_draws_is_tried_where_it_draws(monkeypatch):
+    tried = []
+    monkeypatch.setattr(order, "draw", lambda *given: tried.append(given[-1].device))
+    device = torch.device("meta")  # the current one may be full, or of another kind
+    assert polling._kernel_to_draw(device) is order.draw and tried == [device]
