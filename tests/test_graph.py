@@ -158,6 +158,26 @@ def test_goes_on_with_another_batch_and_follows_the_parameters():
     assert torch.equal(graph.losses(index, delta), serial.losses(index, delta))
 
 
+class Interrupts(torch.Tensor):
+    """Whoever copies it is interrupted."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.copy_:
+            raise KeyboardInterrupt
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_an_interrupt_amid_a_batch_leaves_the_one_before():
+    torch.manual_seed(0)
+    net, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.randn(8, 3)
+    graph = GraphModelObjective(net, nn.MSELoss(), x, y, capture=False)
+    before = graph()
+    with pytest.raises(KeyboardInterrupt):
+        graph.set_batch(x + 1.0, y.clone().as_subclass(Interrupts))
+    assert torch.equal(graph(), before)
+
+
 @pytest.mark.parametrize("many", [1, 6])
 def test_the_optimizer_takes_the_serial_steps(many):
     serial, graph = twins(seed=3)

@@ -233,7 +233,7 @@ class GraphModelObjective(GraphObjective):
             if not isinstance(value, Tensor):
                 raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
         self.model, self.criterion = model, criterion
-        self._batch = inputs, targets
+        self._batch = self._loaded = inputs, targets
         self.inputs, self.targets = inputs.clone(), targets.clone()
         super().__init__(
             closure_of(self),
@@ -245,29 +245,32 @@ class GraphModelObjective(GraphObjective):
         self._watch.look(self._batch)
 
     def _follow(self) -> None:
-        if self._watch.changed():
-            if self._watch.has_other_parts():
-                self._address = None
+        was_interrupted = self._loaded is not self._batch
+        if was_interrupted or self._watch.changed():
+            if was_interrupted or self._watch.has_other_parts():
+                self._address = None  # it may be captured on places that are none any more
             self._watch.look(self._batch)
-            self._load(*self._batch)
+            self._load(self._batch)
         super()._follow()
 
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
+        batch = inputs, targets
         with self._on_batch(self.inputs, self.targets, seed):  # its copies stay where they fit
-            self._load(inputs, targets)
-        self._batch = inputs, targets
-        self._watch.look(self._batch)
+            self._load(batch)
+        self._batch = batch
+        self._watch.look(batch)
 
-    def _load(self, inputs: Tensor, targets: Tensor) -> None:
+    def _load(self, batch: tuple[Tensor, Tensor]) -> None:
         """Copy the batch to the fixed places, or to new ones if it has other shapes."""
-        batch, fixed = (inputs, targets), (self.inputs, self.targets)
+        self._loaded: tuple | None = None  # an interrupt may leave half of each
+        fixed = self.inputs, self.targets
         if all(
             new.shape == old.shape and new.dtype == old.dtype
             for new, old in zip(batch, fixed, strict=True)
         ):
             for new, old in zip(batch, fixed, strict=True):
                 old.copy_(new)
-            return
-        device = self.inputs.device
-        self.inputs, self.targets = inputs.to(device).clone(), targets.to(device).clone()
-        self._prepare()
+        else:
+            self.inputs, self.targets = (new.to(fixed[0].device).clone() for new in batch)
+            self._prepare()
+        self._loaded = batch
