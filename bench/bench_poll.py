@@ -1,4 +1,4 @@
-"""Trial points a second of every backend, in four regimes, beside the three baselines.
+"""Trial points a second of every backend, in five regimes, beside the three baselines.
 
 Each case checks its losses against the float64 serial ones before it is timed.
 """
@@ -15,9 +15,11 @@ from harness import (
     poll_block,
     run_points,
     search_from_start,
+    search_on_batches,
     serial_accepts,
     serial_loop,
     serial_search_from_start,
+    serial_search_on_batches,
     state_tracking,
     values_of,
 )
@@ -141,6 +143,35 @@ def test_serial_loop(measure, quick, regime, size, batch, device):
         run,
         points,
     )
+
+
+def other_batches(size, batch, device):
+    *_, inputs, targets = state_tracking(size, 8 * batch, device=device)
+    return list(zip(inputs.split(batch), targets.split(batch), strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size, batch", CASES[:2])
+def test_batch_a_step(measure, quick, size, batch, backend, device):
+    if quick and batch != 4:
+        pytest.skip("one size is enough without timing")
+    objective, batches = build(backend, size, batch, device), other_batches(size, batch, device)
+    points = points_of(backend, size, batch, "start of training", quick)
+    run = partial(search_on_batches, objective, batches, values_of(objective.params), points)
+    measure("poll", f"a batch a step: {name(size, batch, device)}", backend, run, points)
+
+
+@pytest.mark.parametrize("size, batch", CASES[:2])
+def test_batch_a_step_serial_loop(measure, quick, size, batch, device):
+    if quick and batch != 4:
+        pytest.skip("one size is enough without timing")
+    model, criterion, _, _ = state_tracking(size, batch, device=device)
+    flat, batches = FlatParameters(list(model.parameters())), other_batches(size, batch, device)
+    points = points_of("serial", size, batch, "start of training", quick)
+    loss = lambda inputs, targets: criterion(model(inputs), targets)  # noqa: E731
+    block, values = poll_block(flat, 0, points), values_of(flat.params)
+    run = partial(serial_search_on_batches, loss, batches, flat, values, block)
+    measure("poll", f"a batch a step: {name(size, batch, device)}", "serial loop", run, points)
 
 
 @pytest.mark.parametrize("size, batch", CASES[:2])
