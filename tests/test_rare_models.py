@@ -179,6 +179,15 @@ def test_a_loss_does_not_depend_on_its_block(name, dtype):
         assert torch.equal(torch.cat([f.losses(i, d) for i, d in parts]), together)
 
 
+def test_a_last_parameter_without_elements():
+    model = nn.Linear(5, 3, dtype=torch.float64)
+    model.register_parameter("unused", nn.Parameter(torch.empty(0, dtype=torch.float64)))
+    x, y = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    index, delta = torch.arange(18), torch.ones(18)
+    expected = SerialModelObjective(model, mse, x, y).losses(index, delta)
+    torch.testing.assert_close(BatchedObjective(model, mse, x, y).losses(index, delta), expected)
+
+
 def test_sums_of_bags():
     torch.manual_seed(0)
     arguments = bag().double(), mse, torch.randint(0, 7, (4, 3)), torch.randn(4, 3).double()
@@ -517,6 +526,18 @@ def test_the_serial_loop_leaves_buffers_that_modules_write_unseen(make):
     f.losses(torch.arange(5), torch.ones(5))
     f.loss_at(torch.arange(5), torch.ones(5))
     f()
+    assert all(map(torch.equal, model.buffers(), before))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.compile.*global hooks.*")
+def test_a_closure_of_a_compiled_model():
+    torch.manual_seed(0)
+    model, x, y = normed(), torch.randn(4, 5), torch.randn(4, 3)
+    compiled = torch.compile(model, backend="eager")
+    optimizer = psfast.PatternSearch(model.parameters(), max_evaluations=20)
+    before = [buffer.clone() for buffer in model.buffers()]
+    loss = optimizer.step(lambda: mse(compiled(x), y))
+    assert loss < optimizer.last_poll.loss_before
     assert all(map(torch.equal, model.buffers(), before))
 
 

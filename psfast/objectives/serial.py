@@ -266,6 +266,7 @@ class SerialObjective(Objective):
 
         for module in self._modules():
             note(module)
+        note = torch.compiler.disable(note)  # Dynamo, that traces hooks, fails at this one
         handle = nn.modules.module.register_module_forward_pre_hook(note)
         try:
             yield

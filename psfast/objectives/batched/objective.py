@@ -285,6 +285,8 @@ class BatchedObjective(Objective):
         every = math.ceil(len(self.params) * self.flat.size / _MOST_COPIED)
         for number in range(0, len(self.params), every):
             start, stop = self.flat.offsets[number : number + 2]
+            if start == stop:
+                continue
             at = start + sampled(number, stop - start)
             index, delta = torch.tensor([at], device=self.device), torch.ones(1)
             (got,) = self._losses_of_few(index, delta, None)
