@@ -5,7 +5,7 @@ Nothing but this file, ``callbacks.py`` and ``train.py`` imports lightning.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -124,6 +124,9 @@ class PatternSearchMixin:
         """
         wrapped = self.optimizers() if optimizer is None else optimizer
         search, counts = _unwrapped(wrapped), isinstance(wrapped, LightningOptimizer)
+        if not _is_search(search):
+            got = f"{len(search)} of them" if isinstance(search, list) else type(search).__name__
+            raise TypeError(f"optimizer must be one psfast.PatternSearch, got {got}")
         refuse_what_cannot_work(self.trainer)
         seed = _mask_seed(search)
         # As LightningOptimizer.step does; it would hide an Objective in a closure.
@@ -150,6 +153,11 @@ class PatternSearchMixin:
         @torch.no_grad()
         def search_then_log(*args, **kwargs):
             batch = args[0] if args else next(iter(kwargs.values()))
+            if isinstance(batch, Iterator):
+                raise MisconfigurationException(
+                    "training_step must take a batch, as all trial points are to see the same: "
+                    "replace its dataloader_iter"
+                )
             seed = _mask_seed(search)
             with self._trials():
                 objective = self._objective(search, batch, seed)
@@ -524,6 +532,8 @@ def _mask_seed(search) -> int:
 def _loss_of(training_step: Callable) -> Callable:
     def closure():
         output = training_step()
+        if isinstance(output, dict) and "loss" not in output:
+            raise TypeError(f"training_step must return a dict with 'loss', got {sorted(output)}")
         return output["loss"] if isinstance(output, dict) else output
 
     return closure

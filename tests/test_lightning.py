@@ -250,6 +250,22 @@ def test_manual_optimization_with_an_optimizer_as_it_was_built(tmp_path):
     assert recorder.global_steps == [0, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda m: [psfast.PatternSearch(part.parameters()) for part in (m.net[0], m.net[1])], "2"),
+        (lambda m: torch.optim.SGD(m.parameters()), "SGD"),
+    ],
+)
+def test_a_search_step_without_one_search_is_refused(tmp_path, make, got):
+    class Other(Manual):
+        def configure_optimizers(self):
+            return make(self)
+
+    with pytest.raises(TypeError, match=f"optimizer must be one psfast.PatternSearch, got {got}"):
+        trainer(tmp_path).fit(Other(), loader())
+
+
 def test_manual_optimization_with_a_closure_that_still_calls_backward(tmp_path):
     class Backward(Manual):
         def training_step(self, batch, batch_idx):
@@ -353,6 +369,24 @@ def test_a_training_step_without_a_scalar_loss_is_refused(tmp_path, value):
 
     with pytest.raises(TypeError, match="must return a scalar loss"):
         trainer(tmp_path).fit(Wrong(), loader())
+
+
+def test_a_training_step_without_a_loss_in_its_dict_is_refused(tmp_path):
+    class Wrong(Searched):
+        def training_step(self, batch, batch_idx):
+            return {"los": self.loss(batch)}
+
+    with pytest.raises(TypeError, match=r"must return a dict with 'loss', got \['los'\]"):
+        trainer(tmp_path).fit(Wrong(), loader())
+
+
+def test_a_training_step_that_draws_its_batches_is_refused(tmp_path):
+    class Draws(Searched):
+        def training_step(self, dataloader_iter):
+            return self.loss(next(dataloader_iter)[0])
+
+    with pytest.raises(MisconfigurationException, match="must take a batch"):
+        trainer(tmp_path).fit(Draws(), loader())
 
 
 def test_an_exception_in_a_trial_point_leaves_the_module_usable(tmp_path):
