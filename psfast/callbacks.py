@@ -3,15 +3,18 @@
 import json
 import os
 import secrets
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -21,7 +24,8 @@ from psfast.flat import trainable
 class LastCheckpoint(L.Callback):
     """Keeps ``dirpath/last.ckpt`` at most ``seconds`` old, and writes it when training ends.
 
-    SIGTERM, which Lightning heeds after the batch, ends it too. Written whole or not at all: a
+    SIGTERM, which Lightning heeds after the batch (with ``ValidationsEnd`` also after the
+    validation behind it), ends it too. Written whole or not at all: a
     run killed at any moment leaves one that resumes.
     """
 
@@ -47,6 +51,36 @@ class LastCheckpoint(L.Callback):
         trainer.save_checkpoint(unfinished, weights_only=False)
         unfinished.replace(self.path)
         self._saved = time.monotonic()
+
+
+class ValidationsEnd(L.Callback):
+    """SIGTERM waits for the end of a fit's validation: no checkpoint could go on from amid one."""
+
+    def __init__(self):
+        self._handler: Callable | int | None = None  # of others
+        self._came = False
+
+    def on_validation_start(self, trainer, module) -> None:
+        in_main = threading.current_thread() is threading.main_thread()
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and in_main:
+            self._handler = signal.signal(signal.SIGTERM, self._wait)
+
+    def _wait(self, signum, frame) -> None:
+        self._came = True
+
+    def on_validation_end(self, trainer, module) -> None:
+        self._put_back()
+        if self._came:
+            self._came = False
+            signal.raise_signal(signal.SIGTERM)
+
+    def on_exception(self, trainer, module, exception) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+            self._handler = None
 
 
 class RunSettings(L.Callback):

@@ -48,6 +48,7 @@ def train(config) -> None:
         AcceptanceByTensor,
         RunSettings,
         RunSummary,
+        ValidationsEnd,
         finish_wandb,
         write_summary,
     )
@@ -91,6 +92,7 @@ def train(config) -> None:
             AcceptanceByTensor(),
             summary,
             *instantiate(config.callbacks).values(),
+            ValidationsEnd(),
         ]
         trainer = instantiate(config.trainer, logger=loggers, callbacks=callbacks)
         if isinstance(task, PatternSearchMixin):
@@ -136,7 +138,7 @@ def _keep_former_metrics(path: Path) -> None:
 
 @contextmanager
 def _ctrl_c_waits(trainer):
-    """While ``trainer`` trains, the first Ctrl-C is a SIGTERM, which waits for the batch to end.
+    """In ``trainer.fit``, the first Ctrl-C is a SIGTERM, which waits for the batch to end.
 
     Yields a list, empty until then. The second Ctrl-C ends the run at once.
     """
@@ -145,10 +147,11 @@ def _ctrl_c_waits(trainer):
 
     def wait(signum, frame):
         signal.signal(signal.SIGINT, on_interrupt)
-        if not trainer.training:
+        if not (trainer.training or trainer.validating):
             return on_interrupt(signum, frame)
         pressed.append(signum)
-        print("\npsfast: stopping after this batch; Ctrl-C again to stop now", file=sys.stderr)
+        part = "validation" if trainer.validating else "batch"
+        print(f"\npsfast: stopping after this {part}; Ctrl-C again to stop now", file=sys.stderr)
         signal.raise_signal(signal.SIGTERM)
 
     in_main = threading.current_thread() is threading.main_thread()

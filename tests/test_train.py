@@ -223,6 +223,40 @@ def test_a_run_killed_in_mid_epoch_goes_on_bit_for_bit(tmp_path, here):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_told_to_stop_amid_a_validation_ends_behind_it(
+    tmp_path, here, monkeypatch, capsys, signum
+):
+    from psfast.lightning import PatternSearchTask
+
+    overrides = ["logger=csv", "trainer.max_epochs=3", "trainer.check_val_every_n_epoch=1"]
+    whole, handler = here(*overrides), signal.getsignal(signal.SIGTERM)
+    step, told = PatternSearchTask.validation_step, []
+
+    def interrupted(self, *batch):
+        if self.trainer.current_epoch == 1 and not told:
+            told.append(signum)
+            signal.raise_signal(signum)
+        return step(self, *batch)
+
+    monkeypatch.setattr(PatternSearchTask, "validation_step", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        here(*overrides)
+    assert stopped.value.code == 128 + signum
+    err = capsys.readouterr().err
+    assert ("stopping after this validation" in err) == (signum == signal.SIGINT)
+    last = max(tmp_path.glob("outputs/**/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    assert (last.parent.parent / "summary.json").exists()
+    assert signal.getsignal(signal.SIGTERM) is handler
+    resumed = here(*overrides, f"ckpt_path={last}")
+    states = [
+        torch.load(run / "checkpoints/last.ckpt", weights_only=False) for run in (whole, resumed)
+    ]
+    assert states[0]["global_step"] == states[1]["global_step"]
+    for name, value in states[0]["state_dict"].items():
+        assert torch.equal(value, states[1]["state_dict"][name]), name
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_told_to_stop_ends_after_its_batch(tmp_path, here, signum):
     overrides = [
         "logger=csv",
