@@ -119,10 +119,9 @@ class RunSettings(L.Callback):
                     f"checkpoint, {kept[name]}"
                 )
         missing = [
-            f"{key}={self._before.get(key)} (here {self.config.get(key)})"
-            for key in sorted(self._before.keys() | self.config.keys())
-            if self._before.get(key) != self.config.get(key)
-            and key not in self.given
+            text
+            for key, text in self._differing(self._before)
+            if key not in self.given
             and not (key.startswith(_OPTIMIZER) and _state_name(key) in kept)
         ]
         if missing:
@@ -130,6 +129,17 @@ class RunSettings(L.Callback):
                 f"the checkpoint's run was given other settings: {', '.join(missing)}. To go on "
                 "with that run, give them again"
             )
+
+    def other_model(self, checkpoint: str) -> str:
+        """What the model of the checkpoint's run was given, and what this run's is."""
+        before = torch.load(checkpoint, weights_only=False)["callbacks"][self.state_key]["config"]
+        return ", ".join(text for key, text in self._differing(before) if key.startswith("model."))
+
+    def _differing(self, before: dict[str, object]) -> list[tuple[str, str]]:
+        """Each key that another run gave another value, and what to say of it."""
+        keys = sorted(before.keys() | self.config.keys())
+        pairs = [(key, before.get(key), self.config.get(key)) for key in keys]
+        return [(key, f"{key}={then} (here {now})") for key, then, now in pairs if then != now]
 
 
 _OPTIMIZER = ("optimizer.", "task.pattern_search_")

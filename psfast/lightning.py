@@ -534,6 +534,8 @@ def _loss_of(training_step: Callable) -> Callable:
         output = training_step()
         if isinstance(output, dict) and "loss" not in output:
             raise TypeError(f"training_step must return a dict with 'loss', got {sorted(output)}")
+        if output is None:
+            raise TypeError("training_step must return a scalar loss, got None")
         return output["loss"] if isinstance(output, dict) else output
 
     return closure

@@ -81,6 +81,11 @@ def fit(
         raise TypeError(f"criterion must be callable, got {type(criterion).__name__}")
     if not isinstance(optimizer, PatternSearch):
         raise TypeError(f"optimizer must be a psfast.PatternSearch, got {type(optimizer).__name__}")
+    for name, value in (("loader", loader), ("val_loader", val_loader or ())):
+        if not (hasattr(value, "__iter__") or hasattr(value, "__getitem__")):
+            raise TypeError(f"{name} must be an iterable of batches, got {type(value).__name__}")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
     for name, value in (("max_steps", max_steps), ("val_every", val_every)):
         check_count(name, value, optional=True)
     if max_seconds is not None:

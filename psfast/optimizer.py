@@ -168,6 +168,8 @@ class PatternSearch(torch.optim.Optimizer):
         if search is not None and not isinstance(search, SimplexGradient):
             raise TypeError(f"search must be a psfast.SimplexGradient or None, got {search!r}")
         check_count("seed", seed, least=0)
+        if isinstance(params, torch.nn.Module):
+            raise TypeError("params must be a model's parameters(), got the model")
         super().__init__(params, {"radius": radius})
         self.acceptance = acceptance
         self.shrink, self.expand, self.min_radius = shrink, expand, min_radius

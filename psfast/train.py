@@ -87,8 +87,9 @@ def train(config) -> None:
         keys = [override.partition("=")[0].lstrip("+~") for override in hydra.overrides.task]
         given = {key: OmegaConf.select(config, key) for key in keys}
         summary = RunSummary()
+        run_settings = RunSettings({name: settings[name] for name in _RESULT}, given)
         callbacks = [  # those that keep something first: what saves comes behind
-            RunSettings({name: settings[name] for name in _RESULT}, given),
+            run_settings,
             AcceptanceByTensor(),
             summary,
             *instantiate(config.callbacks).values(),
@@ -105,6 +106,13 @@ def train(config) -> None:
                 trainer.fit(task, datamodule, ckpt_path=config.ckpt_path)
             except SIGTERMException:
                 status = 128 + (signal.SIGINT if pressed else signal.SIGTERM)
+            except RuntimeError as error:
+                if config.ckpt_path is None or "loading state_dict" not in str(error):
+                    raise
+                raise ValueError(
+                    "ckpt_path must be a checkpoint of the same model, got one of "
+                    f"{run_settings.other_model(config.ckpt_path)}: give that again"
+                ) from error
         if not status:  # the last epochs may have had no validation of their own
             trainer.validate(task, datamodule, verbose=False)
         table = write_summary(summary.values(trainer), run_dir / "summary.json")

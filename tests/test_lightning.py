@@ -367,7 +367,8 @@ def test_a_training_step_without_a_scalar_loss_is_refused(tmp_path, value):
         def training_step(self, batch, batch_idx):
             return value
 
-    with pytest.raises(TypeError, match="must return a scalar loss"):
+    got = "None" if value is None else "a tensor"
+    with pytest.raises(TypeError, match=f"must return a scalar loss, got {got}"):
         trainer(tmp_path).fit(Wrong(), loader())
 
 

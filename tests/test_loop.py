@@ -244,6 +244,12 @@ def test_bad_input_is_refused():
         fit(None, criterion, batches, search, progress=False)
     with pytest.raises(TypeError, match="criterion must be callable, got int"):
         fit(model, 3, batches, search, progress=False)
+    with pytest.raises(TypeError, match="^loader must be an iterable of batches, got int"):
+        fit(model, criterion, 3, search, progress=False)
+    with pytest.raises(TypeError, match="^val_loader must be an iterable of batches, got int"):
+        fit(model, criterion, batches, search, val_loader=3, progress=False)
+    with pytest.raises(TypeError, match="callback must be callable or None, got int"):
+        fit(model, criterion, batches, search, callback=3, progress=False)
     with pytest.raises(TypeError, match="a batch must have targets, got None"):
         fit(model, criterion, [(batches[0][0], None)], search, progress=False)
     with pytest.raises(ValueError, match="loader gave no batch in pass 1"):

@@ -94,6 +94,11 @@ def test_max_evaluations_cuts_a_poll_without_changing_it():
 # -- the rest of the interface --------------------------------------------------------------
 
 
+def test_a_model_in_place_of_its_parameters_is_refused():
+    with pytest.raises(TypeError, match=r"params must be a model's parameters\(\), got the model"):
+        PatternSearch(nn.Linear(2, 1))
+
+
 def test_load_state_dict_and_conversion_of_the_model_are_followed():
     net, loss = regression(dtype=torch.float32)
     optimizer = PatternSearch(net.parameters(), radius=0.3)

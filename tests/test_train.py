@@ -359,6 +359,14 @@ def test_a_checkpoint_of_another_optimizer_is_refused(here, capfd, first, then, 
     assert re.search(f"psfast-train: error: .*{message}", capfd.readouterr().err)
 
 
+def test_a_checkpoint_of_another_model_says_what_to_give_again(here, capfd):
+    last = here("logger=none", "trainer.max_epochs=1") / "checkpoints" / "last.ckpt"
+    with pytest.raises(SystemExit):
+        here("logger=none", "trainer.max_epochs=2", "model.d_ff=32", f"ckpt_path={last}")
+    err = capfd.readouterr().err
+    assert "the same model, got one of model.d_ff=16 (here 32): give that again" in err
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
