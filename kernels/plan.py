@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from psfast.kernels import blocks, configs, losses, points, tail, weights
-from psfast.kernels.configs import Config, Sizes, power_of_two, round_up
+from psfast.kernels.configs import Config, Sizes, power_of_two
 from torch import Tensor, nn
 
 PROGRAMS = 128  # about as many as a large GPU runs at once
@@ -48,6 +48,12 @@ class Rows(NamedTuple):
         for mine, its in tensors:
             mine.copy_(its)
         return True
+
+
+def _with_room(tiles: int, room: int) -> int:
+    """``room`` where ``tiles`` leave no more than half of it empty: a tile of padding costs little,
+    another shape new graphs. No loss depends on it."""
+    return room if tiles <= room <= 2 * tiles else tiles
 
 
 class Scratch(NamedTuple):
@@ -123,16 +129,23 @@ class TransformerPlan:
         d_k = sizes.d_model // sizes.n_heads
         self.score_scale = tail.LOG2E.value / d_k**0.5
 
-    def rows(self, tokens: Tensor, targets: Tensor, masks: Tensor | None, dropout: float) -> Rows:
+    def rows(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        masks: Tensor | None,
+        dropout: float,
+        before: Rows | None = None,
+    ) -> Rows:
         """The batch as the kernels read it.
 
         tokens, targets: (B, T) integers, a target of -1 not supervised; masks: (L, B, T, d_model)
-        bool, what each block's dropout keeps
+        bool, what each block's dropout keeps; before: a batch whose place this one may take, padded
         """
         B, T = tokens.shape
         TP, DP = self.sizes.positions, self.sizes.padded_model
         sequences = self.config.blocks.rows // TP
-        groups = -(-B // sequences)
+        groups = _with_room(-(-B // sequences), before.groups if before else 0)
         pad = (0, TP - T, 0, groups * sequences - B)
         supervised = targets >= 0
         seen = supervised.flip(1).cummax(1).values.flip(1)
@@ -145,7 +158,9 @@ class TransformerPlan:
         place = torch.full_like(targets, -1)
         place[at] = torch.arange(count, dtype=torch.int32, device=self.device)
         packed = torch.stack([at.int(), targets[at]])
-        packed = F.pad(packed, (0, round_up(max(1, count), each) - count), value=-1)
+        room = before.parts if before and before.each == each else 0
+        parts = _with_room(-(-max(1, count) // each), room)
+        packed = F.pad(packed, (0, parts * each - count), value=-1)
         if masks is None:
             keep = torch.ones(1, dtype=torch.int8, device=self.device)
         else:

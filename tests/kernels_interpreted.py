@@ -357,13 +357,25 @@ def test_targets_without_a_sign_have_the_same_loss():
     assert torch.equal(objective(), before)
 
 
-def test_another_number_of_supervised_rows_stays_in_place():
-    objective = FusedCudaObjective(*problem(**MANY_ROWS))
-    rows, targets = objective._rows, objective.targets.clone()
-    targets[1, 3:9] = 100
-    objective.set_batch(objective.inputs, targets)
-    assert objective._rows is rows  # so a captured graph goes on
-    assert objective().item() == pytest.approx(BruteForce(objective)(), abs=2e-6)
+@pytest.mark.parametrize(
+    ("sequences", "supervised", "stays"),
+    [(6, 90, True), (6, 60, True), (4, 50, True), (1, 16, False), (3, 0, False)],
+)
+def test_a_smaller_batch_stays_in_place(sequences, supervised, stays):
+    model, criterion, inputs, targets = problem(**MANY_ROWS)
+    objective = FusedCudaObjective(model, criterion, inputs, targets)
+    rows, blocks = objective._rows, objective._on_current(None, evaluation.BlockLoop)
+    inputs, targets = inputs[:sequences].flip(1), targets[:sequences].clone()
+    targets.view(-1)[supervised:] = 100
+    objective.set_batch(inputs, targets)
+    assert (objective._rows is rows) == stays  # so captured graphs go on
+    assert (objective._on_current(blocks, evaluation.BlockLoop) is blocks) == stays
+    new = FusedCudaObjective(model, criterion, inputs, targets)
+    assert new._rows.groups * 2 >= objective._rows.groups
+    index, delta = points(new, 2)
+    torch.testing.assert_close(objective(), new(), rtol=0, atol=0, equal_nan=True)
+    found, expected = objective.losses(index, delta), new.losses(index, delta)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_frozen_parameters_are_read_and_not_counted():

@@ -209,7 +209,7 @@ class FusedCudaObjective(FusedModelObjective):
         masks = self._masks(inputs.shape, dropout) if dropout > 0 else None
         # In 64 bits: uint8, which cross_entropy takes, has no -1.
         scored = torch.where(targets == self.criterion.ignore_index, -1, targets.long())
-        rows = self._plan.rows(inputs, scored, masks, dropout)
+        rows = self._plan.rows(inputs, scored, masks, dropout, self._rows)
         sizes_of = self._plan.cache_sizes
         largest = max(sizes_of(rows).values())
         if largest > _INT32:
