@@ -7,6 +7,7 @@ from models import some_points
 from torch import nn
 
 import psfast
+from psfast.objectives import surroundings
 from psfast.objectives.batched import BatchedObjective
 from psfast.objectives.batched.incumbent import _draws_nothing
 from psfast.objectives.batched.trace import _FUSED_CELLS, Node, Ref, aten
@@ -95,6 +96,20 @@ def test_fused_cells_are_the_cells(bias):
     own, other, biases = gates(lstm)
     found = _FUSED_CELLS[aten._thnn_fused_lstm_cell.default](own, other, c, *biases)
     torch.testing.assert_close(found[:2], lstm(x, (h, c)))
+
+
+def test_rounded_products_are_warned_of_once(recwarn):
+    surroundings._say_once.cache_clear()
+    try:
+        for precision in ("highest", "high", "high"):
+            torch.set_float32_matmul_precision(precision)
+            with surroundings.full_float32(torch.device("cuda")):
+                pass
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    (warning,) = recwarn
+    assert "rounds the factors of every product" in str(warning.message)
+    assert warning.filename == __file__
 
 
 @pytest.mark.parametrize("backend", ["serial", "vmap", "batched"])
