@@ -25,8 +25,8 @@ class LastCheckpoint(L.Callback):
     """Keeps ``dirpath/last.ckpt`` at most ``seconds`` old, and writes it when training ends.
 
     SIGTERM, which Lightning heeds after the batch (with ``ValidationsEnd`` also after the
-    validation behind it), ends it too. Written whole or not at all: a
-    run killed at any moment leaves one that resumes.
+    validation behind it), ends it too. Written whole or not at all: a run killed at any moment
+    leaves one that resumes.
     """
 
     def __init__(self, dirpath: str, seconds: float = 30.0):
