@@ -21,7 +21,7 @@ class Rows(NamedTuple):
     packed: (2, C) int32: a supervised row's place among the R (-1: padding), and its target
     keep: (L, R, DP) int8 dropout masks, or one element without dropout
     count: (1,) float32: supervised rows
-    inv_keep: 1 / (1 - dropout)
+    inv_keep: 1 / (1 - dropout), 0 where all is dropped
     groups: of sequences; each fills a tile of ``blocks``
     each: packed rows of a trial point in a tile of ``tail``
     """
@@ -167,7 +167,7 @@ class TransformerPlan:
             keep = F.pad(masks.to(torch.int8), (0, DP - self.sizes.d_model, *pad))
         about = torch.stack([tokens, place, seen])
         counted = torch.full((1,), count, dtype=torch.float32, device=self.device)
-        inv_keep = 1.0 / (1.0 - dropout)
+        inv_keep = 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
         return Rows(about, packed, keep.contiguous(), counted, inv_keep, groups, each)
 
     def cache_sizes(self, rows: Rows) -> dict[str, int]:

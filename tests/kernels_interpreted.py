@@ -339,6 +339,9 @@ def test_another_batch_another_mask_and_no_dropout():
     objective.set_batch(inputs, targets, seed=2)
     assert objective().item() == first
     assert torch.equal(torch.get_rng_state(), state)
+    model.blocks[0].ff[3].p = 1.0
+    objective.set_batch(inputs, targets)
+    assert objective().item() == pytest.approx(BruteForce(objective)(), abs=2e-6)
     model.eval()
     objective.set_batch(inputs, targets)
     with torch.no_grad():
