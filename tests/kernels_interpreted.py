@@ -381,6 +381,13 @@ def test_a_smaller_batch_stays_in_place(sequences, supervised, stays):
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_batch_of_more_tiles_than_a_grid_holds_is_refused(monkeypatch):
+    model, criterion, inputs, targets = problem(**MANY_ROWS)
+    monkeypatch.setattr(fused_cuda, "_GRID", 1)
+    with pytest.raises(ValueError, match="must fill <= 1 tiles of rows, it fills 2"):
+        FusedCudaObjective(model, criterion, inputs, targets)
+
+
 def test_frozen_parameters_are_read_and_not_counted():
     model, *rest = problem(**SIZES["three tiles"])
     for p in model.blocks[0].parameters():

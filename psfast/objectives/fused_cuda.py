@@ -214,8 +214,9 @@ class FusedCudaObjective(FusedModelObjective):
         largest = max(sizes_of(rows).values())
         if largest > _INT32:
             raise ValueError(f"the cache of this batch needs {largest} > {_INT32} elements")
-        if max(rows.groups, rows.parts) > _GRID:
-            raise ValueError(f"the batch must have B <= {_GRID} sequences, got {len(inputs)}")
+        tiles = max(rows.groups, rows.parts)
+        if tiles > _GRID:
+            raise ValueError(f"the batch must fill <= {_GRID} tiles of rows, it fills {tiles}")
         if self._cache is None or sizes_of(rows) != sizes_of(self._rows):
             self._cache = self._plan.new_cache(rows)
         if self._rows is None or not self._rows.take_over(rows):
