@@ -6,6 +6,7 @@ from typing import NamedTuple
 MODES = ("fp16x3", "tf32x3", "fp32")
 FALLBACK = "tf32x3"  # fp16's range ends at 65,504; tf32 has that of fp32
 WEIGHT_SCALE = 64.0  # keeps the low halves of small weights out of fp16's subnormal numbers
+_WIDEST_HEAD = 128  # beyond, one head's weights of `out` fill the shared memory of any chip
 _REPAIR_POINTS = 32
 _REPAIR_TILES = 8
 
@@ -102,7 +103,7 @@ def choose_config(sizes: Sizes, capability: int, mode: str) -> Config | None:
     # wgmma is Hopper's alone; what came after it has mma, as Ampere has.
     chip, width = 9 if capability == 9 else min(capability, 8), max(64, sizes.padded_model)
     chosen = BLOCKS.get((chip, width, sizes.positions))
-    if chosen is None:
+    if chosen is None or sizes.padded_head > _WIDEST_HEAD:
         return None
     if mode == "fp32":
         # The CUDA cores take their operands from registers: the smallest tiles there are.

@@ -45,7 +45,7 @@ def test_what_counts_as_a_fault():
     assert ahead_of_time.Result(255, strict.spills, 232_448, False).faults(strict) == []
 
 
-@pytest.mark.parametrize("n_heads, vocabulary", [(4, 102), (1, 3), (16, 300)])
+@pytest.mark.parametrize("n_heads, vocabulary", [(4, 102), (2, 3), (16, 300)])
 def test_every_configuration_serves_its_shape(n_heads, vocabulary):
     configs = ahead_of_time.configs
     for capability, width, positions in configs.BLOCKS:
@@ -61,3 +61,4 @@ def test_every_configuration_serves_its_shape(n_heads, vocabulary):
         for c in (blocks, tail):
             assert c["FP"] % c["FC"] == 0 and c["DP"] % c["KC"] == 0
     assert configs.choose_config(ahead_of_time.transformer_sizes(64, 128), 9, "fp16x3") is None
+    assert configs.choose_config(sizes._replace(n_heads=1), 8, "fp16x3") is None  # of 256 columns

@@ -31,7 +31,7 @@ class FusedCudaObjective(FusedModelObjective):
     """``MaskedCrossEntropy(model(inputs), targets)``, whole blocks of trial points at a time.
 
     model: a ``DecoderOnlyTransformer`` in float32 on a CUDA device, of compute capability 8.0 or
-        more, d_model <= 256
+        more, d_model <= 256, in heads of 128 at most
     criterion: a ``MaskedCrossEntropy``
     inputs, targets: (B, T) int64; T <= 32, with d_model <= 64 on a Hopper chip T <= 64
     params: those that ``index`` counts through, in order; default: all trainable ones
@@ -199,8 +199,8 @@ class FusedCudaObjective(FusedModelObjective):
             config = self._configs.choose_config(sizes, capability, self.precision)
             if config is None:
                 raise ValueError(
-                    f"no kernel configuration for d_model = {sizes.d_model} and T = "
-                    f"{inputs.shape[1]} on this device"
+                    f"no kernel configuration for d_model = {sizes.d_model}, {sizes.n_heads} heads "
+                    f"and T = {inputs.shape[1]} on this device"
                 )
             self._plan = self._kernels.TransformerPlan(
                 self.model, self.params, sizes, config, self.precision
