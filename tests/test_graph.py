@@ -158,6 +158,19 @@ def test_goes_on_with_another_batch_and_follows_the_parameters():
     assert torch.equal(graph.losses(index, delta), serial.losses(index, delta))
 
 
+def test_autocast_captures_again(monkeypatch):
+    torch.manual_seed(0)
+    net, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.randn(8, 3)
+    graph = GraphModelObjective(net, nn.MSELoss(), x, y, capture=False)
+    captures, prepare = [], graph._prepare
+    monkeypatch.setattr(graph, "_prepare", lambda: captures.append(prepare()))
+    outside = graph()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert graph() == graph() != outside
+        assert len(captures) == 1
+    assert graph() == outside and len(captures) == 2
+
+
 class Interrupts(torch.Tensor):
     """Whoever copies it is interrupted."""
 

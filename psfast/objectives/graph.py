@@ -169,9 +169,11 @@ class GraphObjective(SerialObjective):
         return cursor.losses[:done].clone()
 
     def _follow(self) -> None:
-        """Capture again if the parameters have moved; new values are read by any replay."""
+        """Capture again if the parameters have moved, or autocast is another: a graph keeps the
+        precision of its capture. New values are read by any replay."""
         self.flat.changed()
-        if self.flat.buffer.data_ptr() != self._address:
+        buffer = self.flat.buffer
+        if buffer.data_ptr() != self._address or self._autocast != _autocast(buffer.device):
             self._prepare()
 
     def _prepare(self) -> None:
@@ -182,6 +184,7 @@ class GraphObjective(SerialObjective):
         self._replay = self._step
         if self._capturing:
             self._replay = self._captured().replay
+        self._autocast = _autocast(self.flat.buffer.device)
         self._address = self.flat.buffer.data_ptr()
 
     def _step(self) -> None:
@@ -217,6 +220,10 @@ class GraphObjective(SerialObjective):
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"the closure cannot be captured: {reason}") from error
+
+
+def _autocast(device: torch.device) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
 
 def _any_below(losses: Tensor, bar: float | None) -> bool:
