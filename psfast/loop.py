@@ -81,7 +81,8 @@ def fit(
         raise TypeError(f"criterion must be callable, got {type(criterion).__name__}")
     if not isinstance(optimizer, PatternSearch):
         raise TypeError(f"optimizer must be a psfast.PatternSearch, got {type(optimizer).__name__}")
-    for name, value in (("loader", loader), ("val_loader", val_loader or ())):
+    scored = () if val_loader is None else val_loader
+    for name, value in (("loader", loader), ("val_loader", scored)):
         if not (hasattr(value, "__iter__") or hasattr(value, "__getitem__")):
             raise TypeError(f"{name} must be an iterable of batches, got {type(value).__name__}")
     if callback is not None and not callable(callback):

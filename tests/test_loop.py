@@ -228,6 +228,18 @@ def test_progress_moves_inside_a_poll(installed, capsys, monkeypatch):
     assert "poll 3 of 8" in shown and "radius" in shown
 
 
+def test_loaders_that_do_not_know_their_length():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(batches)
+
+    model, batches = regression()
+    search = psfast.PatternSearch(model.parameters(), max_evaluations=3)
+    loaders = [torch.utils.data.DataLoader(Stream(), batch_size=None) for _ in range(2)]
+    history = fit(model, nn.MSELoss(), loaders[0], search, val_loader=loaders[1], progress=False)
+    assert len(history.polls) == len(batches) and len(history.validation) == 2
+
+
 def test_bad_input_is_refused():
     model, batches = regression()
     search = psfast.PatternSearch(model.parameters())
