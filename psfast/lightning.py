@@ -532,11 +532,15 @@ def _mask_seed(search) -> int:
 def _loss_of(training_step: Callable) -> Callable:
     def closure():
         output = training_step()
-        if isinstance(output, dict) and "loss" not in output:
-            raise TypeError(f"training_step must return a dict with 'loss', got {sorted(output)}")
+        if isinstance(output, dict):
+            if "loss" not in output:
+                raise TypeError(
+                    f"training_step must return a dict with 'loss', got {sorted(output)}"
+                )
+            output = output["loss"]
         if output is None:
             raise TypeError("training_step must return a scalar loss, got None")
-        return output["loss"] if isinstance(output, dict) else output
+        return output
 
     return closure
 

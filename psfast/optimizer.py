@@ -387,7 +387,7 @@ class PatternSearch(torch.optim.Optimizer):
         last, following = (self._evaluator(objective, n) for n in (max(0, tried - 1), tried))
         for current in dict.fromkeys((last, following)):
             value = self._loss_of(current)
-            if is_known and (value == known or (math.isnan(value) and math.isnan(known))):
+            if not is_known or value == known or (math.isnan(value) and math.isnan(known)):
                 break
         else:
             self._restart_poll()

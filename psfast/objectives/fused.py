@@ -122,8 +122,8 @@ class FusedObjective(FusedModelObjective):
 
     def _prepare(self) -> None:
         """Take up the model and the batch as they are now."""
-        if self._weights_of is not None and self._watch.changed():
-            self._weights_of = None
+        if self._watch.changed():
+            self._weights_of = None  # before the look below, or an interrupt could hide it
         if self._take_up():
             self._all = list(self.model.parameters())
         inputs, targets = self.inputs.long().contiguous(), self.targets.long().contiguous()
@@ -132,14 +132,14 @@ class FusedObjective(FusedModelObjective):
         old = self._plan
         self.flat.changed()
         is_other = self._is_of_other_dtype()
-        if old is None or is_other or old.sizes != sizes or old.tokens.shape != inputs.shape:
+        is_new = old is None or is_other or old.sizes != sizes or old.tokens.shape != inputs.shape
+        if is_new or (old.mask is None) != (mask is None):  # some products are of a loss without
             self._weights_of = None
+        if is_new:
             eps = self.model.final_norm.eps
             self._plan = ops.fused_plan(sizes, eps, inputs, targets, mask, self.flat.buffer)
             self._scratch = None
         else:
-            if (old.mask is None) != (mask is None):  # some products are of a loss without one
-                self._weights_of = None
             self._plan = old._replace(tokens=inputs, targets=targets, mask=mask)
         self._refresh(same_batch=False)
 
