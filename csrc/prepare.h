@@ -4,23 +4,48 @@
 //
 // Included by the evaluator's files inside their own namespace.
 
-// Row n of a folded map from `weight` (D numbers).
+// The numbers of one block of outputs, at any address.
 template <class R>
-void fold_row(const Context<R>& c, const Fold& f, int64_t n, const R* weight, R bias,
-              const R* gain, const R* shift) {
+struct Outputs {
+  typedef R V __attribute__((vector_size(kBlock * sizeof(R)), aligned(sizeof(R))));
+};
+
+// Block `block` of a folded map from `weight` (`count` <= kBlock rows of D numbers): the rows side by
+// side, as each sum of a row waits for the number before. Without `products`, not what they are of.
+template <class R>
+void fold_block(const Context<R>& c, const Fold& f, int64_t block, int64_t count, const R* weight,
+                const R* bias, const R* gain, const R* shift, bool products) {
+  typedef typename Outputs<R>::V V;
+  typedef typename Outputs<double>::V Doubles;
   const int64_t D = c.s.D;
-  R* pack = c.at(f.pack) + n / kBlock * D * kBlock + n % kBlock;
-  R* centred = c.at(f.centred) + n;
-  double mean = 0, offset = bias;
-  for (int64_t k = 0; k < D; ++k) {
-    const R folded = weight[k] * gain[k];
-    pack[k * kBlock] = folded;
-    mean += folded;
-    offset += double(weight[k]) * double(shift[k]);
+  // Padding stays zero.
+  const auto put = [&](R* to, V values) {
+    if (count == kBlock) *reinterpret_cast<V*>(to) = values;
+    else for (int64_t i = 0; i < count; ++i) to[i] = values[i];
+  };
+  const R* row[kBlock];
+  Doubles mean = {}, offset = {};
+  for (int64_t i = 0; i < kBlock; ++i) {
+    row[i] = weight + std::min(i, count - 1) * D;
+    offset[i] = bias[std::min(i, count - 1)];
   }
+  R* pack = c.at(f.pack) + block * D * kBlock;
+  for (int64_t k = 0; k < D; ++k) {
+    V w;
+    for (int64_t i = 0; i < kBlock; ++i) w[i] = row[i][k];
+    const V folded = w * gain[k];
+    put(pack + k * kBlock, folded);
+    mean += __builtin_convertvector(folded, Doubles);
+    offset += __builtin_convertvector(w, Doubles) * double(shift[k]);
+  }
+  put(c.at(f.bias) + block * kBlock, __builtin_convertvector(offset, V));
+  if (!products) return;
   mean /= static_cast<double>(D);
-  for (int64_t k = 0; k < D; ++k) centred[k * f.N] = static_cast<R>(pack[k * kBlock] - mean);
-  c.at(f.bias)[n] = static_cast<R>(offset);
+  for (int64_t k = 0; k < D; ++k) {
+    const V folded = *reinterpret_cast<const V*>(pack + k * kBlock);
+    put(c.at(f.centred) + k * f.N + block * kBlock,
+        __builtin_convertvector(__builtin_convertvector(folded, Doubles) - mean, V));
+  }
 }
 
 // The products of centred W' with `other` [D][ld] for outputs n0 .. n0 + kBlock - 1 and columns
@@ -28,18 +53,18 @@ void fold_row(const Context<R>& c, const Fold& f, int64_t n, const R* weight, R 
 template <class R>
 void multiply_centred(const Context<R>& c, const Fold& f, const R* other, int64_t ld, int64_t n0,
                       int64_t j0, int64_t j1, R* to, int64_t step) {
-  typedef R Eight __attribute__((vector_size(kBlock * sizeof(R)), aligned(sizeof(R))));
+  typedef typename Outputs<R>::V V;
   constexpr int kColumns = 4;
   const R* centred = c.at(f.centred) + n0;
   for (int64_t j = j0; j < j1; j += kColumns) {
-    Eight acc[kColumns] = {};
+    V acc[kColumns] = {};
     const int64_t some = std::min<int64_t>(kColumns, j1 - j);
     for (int64_t k = 0; k < c.s.D; ++k) {
-      const Eight w = *reinterpret_cast<const Eight*>(centred + k * f.N);
+      const V w = *reinterpret_cast<const V*>(centred + k * f.N);
       for (int64_t i = 0; i < kColumns; ++i) acc[i] += w * other[k * ld + j + (i < some ? i : 0)];
     }
     for (int64_t i = 0; i < some; ++i)
-      *reinterpret_cast<Eight*>(to + (j + i - j0) * step) = acc[i];
+      *reinterpret_cast<V*>(to + (j + i - j0) * step) = acc[i];
   }
 }
 
@@ -62,24 +87,43 @@ void ff2_product(const Context<R>& c, int64_t l, int64_t n0, int64_t n1, int64_t
                      c.at(f.product) + j0 * f.N + n * kBlock, f.N);
 }
 
+// The block of outputs that holds `row`.
 template <class R>
-void fold_qkv(const Context<R>& c, int64_t l, int64_t row) {
+void fold_qkv(const Context<R>& c, int64_t l, int64_t row, bool products) {
   const LayerWeights& w = c.map->layers[l];
-  fold_row(c, c.layout->layers[l].qkv, qkv_padded(c.s, row), c.w(w.qkv_w) + row * c.s.D,
-           c.w(w.qkv_b)[row], c.w(w.ln1_w), c.w(w.ln1_b));
+  const int64_t dk = c.s.dk(), at = row % dk / kBlock * kBlock, first = row / dk * dk + at;
+  fold_block(c, c.layout->layers[l].qkv, qkv_padded(c.s, first) / kBlock, std::min(kBlock, dk - at),
+             c.w(w.qkv_w) + first * c.s.D, c.w(w.qkv_b) + first, c.w(w.ln1_w), c.w(w.ln1_b),
+             products);
 }
 
 template <class R>
-void fold_ff1(const Context<R>& c, int64_t l, int64_t row) {
+void fold_ff1(const Context<R>& c, int64_t l, int64_t row, bool products) {
   const LayerWeights& w = c.map->layers[l];
-  fold_row(c, c.layout->layers[l].ff1, row, c.w(w.ff1_w) + row * c.s.D, c.w(w.ff1_b)[row],
-           c.w(w.ln2_w), c.w(w.ln2_b));
+  const int64_t first = row / kBlock * kBlock;
+  fold_block(c, c.layout->layers[l].ff1, first / kBlock, std::min(kBlock, c.s.F - first),
+             c.w(w.ff1_w) + first * c.s.D, c.w(w.ff1_b) + first, c.w(w.ln2_w), c.w(w.ln2_b),
+             products);
 }
 
 template <class R>
-void fold_head(const Context<R>& c, int64_t row) {
-  fold_row(c, c.layout->head, row, c.w(c.map->head_w) + row * c.s.D, c.w(c.map->head_b)[row],
-           c.w(c.map->final_w), c.w(c.map->final_b));
+void fold_head(const Context<R>& c, int64_t row, bool products) {
+  const int64_t first = row / kBlock * kBlock;
+  fold_block(c, c.layout->head, first / kBlock, std::min(kBlock, c.s.V - first),
+             c.w(c.map->head_w) + first * c.s.D, c.w(c.map->head_b) + first, c.w(c.map->final_w),
+             c.w(c.map->final_b), products);
+}
+
+template <class R>
+void fold_all_qkv(const Context<R>& c, int64_t l, bool products) {
+  for (int64_t part = 0; part < 3 * c.s.H; ++part)
+    for (int64_t at = 0; at < c.s.dk(); at += kBlock)
+      fold_qkv(c, l, part * c.s.dk() + at, products);
+}
+
+template <class R>
+void fold_all_ff1(const Context<R>& c, int64_t l, bool products) {
+  for (int64_t row = 0; row < c.s.F; row += kBlock) fold_ff1(c, l, row, products);
 }
 
 // Element (row, k) of a [N][K] weight within its pack [N / kBlock][K][kBlock].
@@ -93,14 +137,14 @@ template <class R>
 void prepare(const Context<R>& c, int64_t l, bool products) {
   const Sizes& s = c.s;
   if (l == s.L) {
-    for (int64_t row = 0; row < s.V; ++row) fold_head(c, row);
+    for (int64_t row = 0; row < s.V; row += kBlock) fold_head(c, row, products);
     if (products) ff2_product(c, l - 1, 0, c.layout->head.N / kBlock, 0, s.F);
     return;
   }
   const LayerSpace& a = c.layout->layers[l];
   const LayerWeights& w = c.map->layers[l];
-  for (int64_t row = 0; row < 3 * s.D; ++row) fold_qkv(c, l, row);
-  for (int64_t row = 0; row < s.F; ++row) fold_ff1(c, l, row);
+  fold_all_qkv(c, l, products);
+  fold_all_ff1(c, l, products);
   for (int64_t row = 0; row < s.D; ++row) {
     for (int64_t k = 0; k < s.D; ++k)
       c.at(a.out_pack)[packed(row, k, s.D)] = c.w(w.out_w)[row * s.D + k];
@@ -119,7 +163,7 @@ void prepare_again(const Context<R>& c, const Coordinate& at) {
   const int64_t l = at.layer;
   if (at.kind == Kind::final_w || at.kind == Kind::final_b) return prepare(c, s.L, true);
   if (at.kind == Kind::head_w || at.kind == Kind::head_b) {
-    fold_head(c, at.row);
+    fold_head(c, at.row, true);
     return ff2_product(c, l - 1, at.row / kBlock, at.row / kBlock + 1, 0, s.F);
   }
   const LayerSpace& a = c.layout->layers[l];
@@ -127,11 +171,11 @@ void prepare_again(const Context<R>& c, const Coordinate& at) {
   switch (at.kind) {
     case Kind::ln1_w:
     case Kind::ln1_b:
-      for (int64_t row = 0; row < 3 * s.D; ++row) fold_qkv(c, l, row);
+      fold_all_qkv(c, l, true);
       return ff2_product(c, l - 1, 0, a.qkv.N / kBlock, 0, s.F);
     case Kind::qkv_w:
     case Kind::qkv_b: {
-      fold_qkv(c, l, at.row);
+      fold_qkv(c, l, at.row, true);
       const int64_t block = qkv_padded(s, at.row) / kBlock;
       return ff2_product(c, l - 1, block, block + 1, 0, s.F);
     }
@@ -140,11 +184,11 @@ void prepare_again(const Context<R>& c, const Coordinate& at) {
       return out_product(c, l, 0, a.ff1.N / kBlock, at.col, at.col + 1);
     case Kind::ln2_w:
     case Kind::ln2_b:
-      for (int64_t row = 0; row < s.F; ++row) fold_ff1(c, l, row);
+      fold_all_ff1(c, l, true);
       return out_product(c, l, 0, a.ff1.N / kBlock, 0, s.D);
     case Kind::ff1_w:
     case Kind::ff1_b:
-      fold_ff1(c, l, at.row);
+      fold_ff1(c, l, at.row, true);
       return out_product(c, l, at.row / kBlock, at.row / kBlock + 1, 0, s.D);
     case Kind::ff2_w: {
       c.at(a.ff2_pack)[packed(at.row, at.col, s.F)] = c.w(w.ff2_w)[at.row * s.F + at.col];
