@@ -132,8 +132,6 @@ class DescentLoop:
         self.plan.evaluate(self._evaluated, self._partial)
         self.plan.evaluate_again(self._evaluated, self._partial)
         self._take_first(is_final=True)
-        # After an accept from block 0 on: what was filled again is no start for another mode.
-        self._first.mul_(self._first > self.plan.sizes.n_layers)
         self.plan.fill(self._filled, self._first)
 
     def _take_first(self, is_final: bool) -> None:

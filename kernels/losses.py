@@ -23,7 +23,7 @@ def _sums(incumbent_ptr, partial_ptr, k, inside, parts, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["K", "parts"])
 def reduce_losses(
-    incumbent_ptr,  # (parts,) float64: summed loss of the incumbent
+    incumbent_ptr,  # (parts + 1,) float64: summed loss of the incumbent, as of `Cache`
     partial_ptr,  # (K, parts) fp32: differences
     span_ptr,  # (2,) int64, as of `describe`
     loss_ptr,  # (C,) float64
@@ -60,7 +60,7 @@ def take_first(
     points_ptr,  # (FIELDS, K) int32: the block that was evaluated, then the one to evaluate next
     delta_ptr,  # (K,) fp32
     first_ptr,  # (1,) int32: the first block that the next incumbent's cache has to compute
-    summed_ptr,  # (parts,) float64
+    summed_ptr,  # (parts + 1,) float64, as of `Cache`
     partial_ptr,  # (K, parts) fp32
     count_ptr,  # (1,) fp32: supervised rows
     K,
@@ -125,7 +125,9 @@ def take_first(
         accepted += 1
         kind = tl.load(points_ptr + first)
         layer = tl.load(points_ptr + K + first)
-        tl.store(first_ptr, first_block(kind, layer, n_layers))
+        # What FALLBACK has filled is no start for the usual mode.
+        fell_back = tl.load(summed_ptr + parts) > 0
+        tl.store(first_ptr, tl.where(fell_back, 0, first_block(kind, layer, n_layers)))
     else:
         tl.store(first_ptr, n_layers + 1)
     decided += taken

@@ -68,7 +68,11 @@ class Scratch(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What the starts of trial points read, computed by the kernel at one set of parameters."""
+    """What the starts of trial points read, computed by the kernel at one set of parameters.
+
+    summed: the summed loss of each part of the rows, then 1 if ``FALLBACK`` filled the cache, 0
+        if not
+    """
 
     w: Tensor
     hi: Tensor
@@ -183,7 +187,7 @@ class TransformerPlan:
             "qkv": L * 3 * R * AP,
             "columns": (L * points.columns_at("end", DP, AP, FP) + DP) * R,
             "nll": rows.packed.shape[1],
-            "summed": rows.parts,
+            "summed": rows.parts + 1,
         }
 
     def new_cache(self, rows: Rows) -> Cache:

@@ -87,7 +87,7 @@ def _patched_norm(x, at, patched, kind, WEIGHT, row, delta, w_ptr, eps, D, DP):
 def run_tail(
     points_ptr,  # what `tell` says: (FIELDS, K) int32
     delta_ptr,  # and (K,) fp32
-    out_ptr,  # CACHE: (parts,) float64 summed loss; else (K, parts) fp32 differences
+    out_ptr,  # CACHE: (parts + 1,) float64 as of `Cache`; else (K, parts) fp32 differences
     behind_ptr,  # (K, C, DP) fp32: the packed rows behind the last attention
     reached_ptr,  # (K, C) int8: whether the change reaches them
     first_ptr,  # (1,) int32: only CACHE looks at it: above n_layers nothing is to compute
@@ -329,6 +329,7 @@ def run_tail(
             if CACHE:
                 tl.store(nll_ptr + packed, nll, mask=todo)
                 nll = tl.where(reached, nll.to(tl.float64), 0.0)
+                tl.store(out_ptr + parts, 1.0 if REPAIR else 0.0)
             else:
                 nll = nll - tl.load(nll_ptr + packed, mask=reached, other=0.0)
                 nll = tl.where(reached, nll, 0.0)

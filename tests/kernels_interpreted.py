@@ -329,6 +329,27 @@ def test_a_descent_beyond_fp16s_range_is_the_serial_loop():
     assert loop().item() == serial().item() == found.incumbents[-1]
 
 
+def test_a_descent_from_beyond_fp16s_range_is_the_serial_loop():
+    """Accepts late in the model where the fallback has filled the cache, the way back, more."""
+    twins = []
+    for _ in range(2):
+        model, *rest = problem(**TWO_BLOCKS)
+        model.blocks[0].ff[0].bias.data[0] = 1e5
+        model.blocks[0].ff[2].weight.data[:, 0] = 1e-9  # how much this hidden unit matters
+        twins.append(FusedCudaObjective(model, *rest, seed=2))
+    loop, serial = twins
+    offset = dict(zip(loop.params, loop.flat.offsets, strict=False))
+    last = loop.model.blocks[1]
+    late = [offset[p] for p in (last.ff[0].weight, last.ln1.bias, last.ff[2].bias)]
+    index = torch.tensor([*late, offset[loop.model.blocks[0].ff[0].bias], *late])
+    delta = torch.tensor([0.01, 0.01, 0.01, -9e4, 0.02, 0.02, 0.02])
+    expected = serial_descent(serial, index, delta, -1.0, 99)
+    found = loop.descend(index, delta, incumbent=loop().item(), margin=-1.0, most=99, gap=2.0)
+    assert expected[1] == list(range(len(index)))
+    assert (found.losses.tolist(), found.places, found.incumbents) == expected
+    assert loop().item() == serial().item()
+
+
 def test_another_batch_another_mask_and_no_dropout():
     model, criterion, inputs, targets = problem(**SIZES["three tiles"])
     state = torch.get_rng_state()
