@@ -5,6 +5,7 @@ import math
 import torch
 from psfast.kernels import losses as kernel
 from psfast.kernels.configs import take_first_constants, take_first_options
+from psfast.kernels.evaluation import Refresh
 from psfast.kernels.plan import PROGRAMS, Cache, Operands, Rows, TransformerPlan
 from torch import Tensor
 
@@ -67,19 +68,20 @@ class DescentLoop:
         self._replay = captured(self._steps, device).replay if is_on_gpu else self._step
 
     def run(
-        self, index: Tensor, delta: Tensor, margin: float, most: int
+        self, index: Tensor, delta: Tensor, margin: float, most: int, refreshed: Refresh
     ) -> tuple[Tensor, list[int], list[float], int]:
         """Descend along K trial points, or the first CAPACITY of them, from the cached incumbent.
 
-        index: (K,) int64; delta: (K,) float32 -> losses (K',) float64 on the CPU, places of the
-        accepted ones, the loss after each but the last, trial points evaluated
+        index: (K,) int64; delta: (K,) float32; refreshed: whose ``loss`` is to be the last one
+            -> losses (K',) float64 on the CPU, places of the accepted ones, the loss after each,
+            trial points evaluated
         """
         index, delta = index[:CAPACITY], delta[:CAPACITY]
         count = len(index)
         self._index[:count].copy_(index)
         self._delta[:count].copy_(delta)
         self._margin.fill_(margin)
-        self._state.copy_(torch.tensor([0, 0, 0, count, most, 0]))
+        self._state.copy_(torch.tensor([0, 0, 0, count, most, 0]), non_blocking=True)
         self._span[1:].fill_(count)
         self._first.fill_(self.plan.sizes.n_layers + 1)
         self._begin(self._describe_first)
@@ -94,10 +96,14 @@ class DescentLoop:
                 self._step_again()
                 decided, accepted, evaluated, *_ = self._state.tolist()
         self._end(self._fill_rest)
-        losses, places = self._losses[:decided].cpu(), self._places[:accepted].tolist()
-        # Each block notes the loss that the one before it came to.
-        incumbents = self._incumbents[: max(0, accepted - 1)].tolist()
-        return losses, places, incumbents, evaluated
+        refreshed.reduce()
+        if accepted:  # each block has noted the loss that the one before it came to
+            self._incumbents[accepted - 1] = refreshed.loss[0]
+        places, incumbents = self._places[:accepted].double(), self._incumbents[:accepted]
+        # In one piece: each that is copied for itself waits for the device.
+        found = torch.cat([self._losses[:decided], places, incumbents]).cpu()
+        losses, places, incumbents = found.split([decided, accepted, accepted])
+        return losses, places.long().tolist(), incumbents.tolist(), evaluated
 
     def _describe_first(self) -> None:
         """Begin with the first trial points."""

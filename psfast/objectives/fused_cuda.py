@@ -159,19 +159,15 @@ class FusedCudaObjective(FusedModelObjective):
         make = functools.partial(self._descent.DescentLoop, size)
         loop = self._descents[size] = self._on_current(self._descents.get(size), make)
         device = self.flat.buffer.device
+        index, delta = index.to(device, non_blocking=True), delta.to(device, non_blocking=True)
         with self._changing():
             try:
-                losses, places, incumbents, evaluated = loop.run(
-                    index.to(device), delta.to(device), margin, most
-                )
+                found = loop.run(index, delta, margin, most, self._refreshed)
             finally:
                 if self._fixed:
                     self.flat.buffer.copy_(self._values[: self.flat.size])
                 self.flat.note_write()
-            self._refreshed.reduce()
-        if places:
-            incumbents.append(self._refreshed.loss.item())
-        return Descent(losses, places, incumbents, evaluated)
+        return Descent(*found)
 
     def _prepare(self) -> None:
         """Take up the model and the batch as they are now."""
