@@ -98,7 +98,11 @@ class FlatParameters:
 
         ``changes`` counts how often it was True. What is made of the parameters notes that number,
         and holds as long as it stays: no answer is lost to an interrupt.
+
+        Raises RuntimeError inside ``torch.inference_mode()``, where what comes next would make
+        tensors to keep.
         """
+        check_no_inference_mode()
         versions, addresses = self._read_stamp()
         if (versions, addresses) == self._stamp:
             return False

@@ -381,6 +381,18 @@ def test_targets_without_a_sign_have_the_same_loss():
     assert torch.equal(objective(), before)
 
 
+def test_inference_mode_is_refused_and_leaves_no_trace():
+    sizes = {"vocab_size": 11, "d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 16}
+    objective = FusedCudaObjective(*problem(2, 5, **sizes))
+    index, delta = torch.tensor([3]), torch.tensor([0.5])
+    with torch.inference_mode():
+        for call in (objective, lambda: objective.loss_at(index, delta)):
+            with pytest.raises(RuntimeError, match="inference_mode"):
+                call()
+    for _ in range(2):  # what is made at the first
+        objective.loss_at(index, delta)
+
+
 @pytest.mark.parametrize(
     ("sequences", "supervised", "stays"),
     [(6, 90, True), (6, 60, True), (4, 50, True), (1, 16, False), (3, 0, False)],

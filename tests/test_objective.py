@@ -10,6 +10,7 @@ from torch import nn
 
 import psfast
 from psfast.objectives import BACKENDS
+from psfast.objectives.graph import GraphModelObjective
 
 WITHOUT_GPU = [name for name in BACKENDS if name != "graph"]
 
@@ -42,6 +43,36 @@ def test_every_backend_takes_the_same_decisions(backend):
         runs.append((steps, f.flat.buffer.clone(), optimizer.radius))
     assert runs[0][0] == runs[1][0]
     assert torch.equal(runs[0][1], runs[1][1]) and runs[0][2] == runs[1][2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inference_mode_is_refused_and_leaves_no_trace(backend):
+    """What is made there could never be changed again."""
+    model, criterion, *batch = linear() if backend == "graph" else transformer(dropout=0.1)
+    f = (
+        GraphModelObjective(model, criterion, *batch, capture=False)
+        if backend == "graph"
+        else psfast.objective(model, criterion, *batch, backend=backend)
+    )
+    at = torch.tensor([0, 3]), torch.tensor([0.1, -0.1], dtype=torch.float64)
+    before, other = f(), [t[:-1] for t in batch]
+    with torch.no_grad():
+        f.params[0].normal_()
+    values = f.flat.buffer.clone()
+    calls = [f, lambda: f.losses(*at), lambda: f.loss_at(*at), lambda: f.accept(*at)]
+    calls.append(lambda: f.set_batch(*other))
+    if f.descends:
+        rest = dict(incumbent=9.0, margin=0.0, most=2, gap=1.0)
+        calls.append(lambda: f.descend(*at, **rest))
+    for call in calls:
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+            call()
+    assert torch.equal(f.flat.buffer, values)
+    assert f() != before
+    f.losses(*at)
+    f.loss_at(*at)
+    f.set_batch(*other)
+    psfast.PatternSearch(f.params).step(f)
 
 
 @pytest.mark.parametrize("decrease", [0.0, 1e-3])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from psfast.flat import FlatParameters, checksum
+from psfast.flat import FlatParameters, check_no_inference_mode, checksum
 
 _FEW = 16  # numbers that Python compares sooner than an operation on a tensor
 
@@ -58,7 +58,8 @@ class Objective:
         is lower by little more than rounding
 
     A backend implements ``__call__``, ``losses``, ``loss_at`` and ``accept``. None of the
-    first three changes a parameter, a buffer or the global random state.
+    first three changes a parameter, a buffer or the global random state. All of them, and
+    ``set_batch``, raise RuntimeError inside ``torch.inference_mode()``.
     """
 
     backend: str
@@ -151,6 +152,7 @@ class Objective:
     @contextmanager
     def _on_batch(self, inputs, targets, seed: int | None) -> Iterator[None]:
         """For ``set_batch``: on this batch from now on, unless what is done inside raises."""
+        check_no_inference_mode()
         before = self.inputs, self.targets, self.seed
         self.inputs, self.targets = inputs, targets
         self._checksum = None
