@@ -7,6 +7,7 @@ the most repeated product of rows and weights is computed; 2 where the warps are
 groups of them take the same rows.
 """
 
+import itertools
 import re
 import subprocess
 import sys
@@ -106,21 +107,40 @@ def transformer_sizes(width: int, positions: int) -> configs.Sizes:
     return configs.Sizes(width, heads, 4 * width, 102, layers, positions, dropout=True)
 
 
+def choose_config(sizes: configs.Sizes, capability: int, mode: str) -> configs.Config | None:
+    """The configuration for these sizes on the smallest chip of a capability."""
+    return configs.choose_config(sizes, capability, SHARED_MEMORY[capability * 10], mode)
+
+
 def blocks_case(
     capability: int, width: int, positions: int, mode: str, *, cache: bool, repair: bool
 ) -> Case:
     sizes = transformer_sizes(width, positions)
-    config = configs.choose_config(sizes, capability, mode)
+    config = choose_config(sizes, capability, mode)
     constants = configs.blocks_constants(sizes, config, mode, cache=cache, repair=repair)
     what = f"blocks {_kind(cache, repair)}{mode} d_model {width} T <= {positions}"
     return _case(what, "blocks", config.blocks, constants, capability)
+
+
+def wide_heads_cases() -> Iterator[Case]:
+    """``blocks`` in the default mode for heads of 64 and 128, on the chips that can hold them: they
+    spill more than the heads that the cuts were chosen for, and nobody has timed them."""
+    for head, (capability, width, positions) in itertools.product((64, 128), configs.BLOCKS):
+        sizes = transformer_sizes(width, positions)._replace(n_heads=width // head)
+        if width < head or not (config := choose_config(sizes, capability, DEFAULT_MODE)):
+            continue
+        kind = {"cache": False, "repair": False}
+        constants = configs.blocks_constants(sizes, config, DEFAULT_MODE, **kind)
+        what = f"blocks {DEFAULT_MODE} d_model {width} T <= {positions} heads of {head}"
+        case = _case(what, "blocks", config.blocks, constants, capability)
+        yield case._replace(spills=None)
 
 
 def tail_case(
     capability: int, width: int, vocabulary: int, mode: str, *, cache: bool, repair: bool
 ) -> Case:
     sizes = transformer_sizes(width, 16)._replace(vocab_size=vocabulary)
-    config = configs.choose_config(sizes, capability, mode)
+    config = choose_config(sizes, capability, mode)
     each = config.tail.rows // 2
     constants = configs.tail_constants(sizes, config, mode, each, cache=cache, repair=repair)
     what = f"tail {_kind(cache, repair)}{mode} d_model {width} V = {vocabulary}"
@@ -151,7 +171,7 @@ def cases() -> Iterator[Case]:
         rounds = {"ROUNDS": len(search.permutation(0, 0, 1)[0]), "BLOCK": order.BLOCK}
         yield Case("draw", "draw", rounds, usual, arch)
         sizes = transformer_sizes(64, 16)
-        config = configs.choose_config(sizes, arch // 10, DEFAULT_MODE)
+        config = choose_config(sizes, arch // 10, DEFAULT_MODE)
         constants = configs.describe_constants(sizes, config)
         yield Case("describe", "describe", constants, usual, arch)
         for block in (32, 102):
@@ -165,6 +185,7 @@ def cases() -> Iterator[Case]:
                 yield case(*key, DEFAULT_MODE, cache=cache, repair=False)
                 yield case(*key, configs.FALLBACK, cache=cache, repair=True)
             yield case(*key, "fp32", cache=False, repair=False)
+    yield from wide_heads_cases()
 
 
 def compile_case(case: Case) -> Result:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 MODES = ("fp16x3", "tf32x3", "fp32")
 FALLBACK = "tf32x3"  # fp16's range ends at 65,504; tf32 has that of fp32
 WEIGHT_SCALE = 64.0  # keeps the low halves of small weights out of fp16's subnormal numbers
-_WIDEST_HEAD = 128  # beyond, one head's weights of `out` fill the shared memory of any chip
 _REPAIR_POINTS = 32
 _REPAIR_TILES = 8
 
@@ -98,13 +97,19 @@ TAILS = {
 }
 
 
-def choose_config(sizes: Sizes, capability: int, mode: str) -> Config | None:
-    """The configuration for these sizes; None if there is none."""
+def choose_config(sizes: Sizes, capability: int, shared_memory: int, mode: str) -> Config | None:
+    """The configuration for these sizes; None if there is none.
+
+    shared_memory: of the chip, the most that a program may have, in bytes
+    """
     # wgmma is Hopper's alone; what came after it has mma, as Ampere has.
     chip, width = 9 if capability == 9 else min(capability, 8), max(64, sizes.padded_model)
     chosen = BLOCKS.get((chip, width, sizes.positions))
-    if chosen is None or sizes.padded_head > _WIDEST_HEAD:
+    # One head's weights of `out` lie there at once.
+    if chosen is None or 4 * sizes.padded_head * sizes.padded_model > shared_memory:
         return None
+    if sizes.padded_head > chosen.queries and sizes.n_heads > 1 and not chosen.staged:
+        chosen = chosen._replace(stages=1)  # the next head's weights do not fit beside this one's
     if mode == "fp32":
         # The CUDA cores take their operands from registers: the smallest tiles there are.
         small = Cut(16, 8, hidden=16, staged=16, stages=1)

@@ -51,7 +51,7 @@ def test_every_configuration_serves_its_shape(n_heads, vocabulary):
     for capability, width, positions in configs.BLOCKS:
         sizes = ahead_of_time.transformer_sizes(width, positions)
         sizes = sizes._replace(n_heads=n_heads, vocab_size=vocabulary)
-        config = configs.choose_config(sizes, capability, "fp16x3")
+        config = configs.choose_config(sizes, capability, 232_448, "fp16x3")
         kind = {"mode": "fp16x3", "cache": False, "repair": False}
         blocks = configs.blocks_constants(sizes, config, **kind)
         tail = configs.tail_constants(sizes, config, each=4, **kind)
@@ -60,5 +60,42 @@ def test_every_configuration_serves_its_shape(n_heads, vocabulary):
         assert tail["M"] % tail["EACH"] == 0 and tail["VP"] % tail["VC"] == 0
         for c in (blocks, tail):
             assert c["FP"] % c["FC"] == 0 and c["DP"] % c["KC"] == 0
-    assert configs.choose_config(ahead_of_time.transformer_sizes(64, 128), 9, "fp16x3") is None
-    assert configs.choose_config(sizes._replace(n_heads=1), 8, "fp16x3") is None  # of 256 columns
+    sizes = ahead_of_time.transformer_sizes(64, 128)
+    assert configs.choose_config(sizes, 9, 232_448, "fp16x3") is None
+
+
+@pytest.mark.parametrize(
+    ("n_heads", "capability", "shared_memory", "serves"),
+    [
+        (1, 9, 232_448, False),
+        (2, 9, 232_448, True),
+        (2, 8, 166_912, True),  # an A100
+        (2, 8, 101_376, False),  # sm_86, sm_89
+        (2, 12, 101_376, False),
+        (4, 8, 101_376, True),
+    ],
+)
+def test_heads_whose_weights_fill_the_shared_memory_are_refused(
+    n_heads, capability, shared_memory, serves
+):
+    configs = ahead_of_time.configs
+    sizes = ahead_of_time.transformer_sizes(256, 16)._replace(n_heads=n_heads)
+    config = configs.choose_config(sizes, capability, shared_memory, "fp16x3")
+    assert (config is not None) == serves
+
+
+def test_wide_heads_are_among_the_cases():
+    cases, every = list(ahead_of_time.wide_heads_cases()), list(ahead_of_time.cases())
+    assert all(case in every for case in cases)
+    wide = {(case.arch, case.constants["DP"], case.constants["DK"]) for case in cases}
+    assert {(90, 256, 128), (90, 128, 128), (90, 64, 64), (80, 128, 128), (80, 256, 64)} <= wide
+    assert (80, 256, 128) not in wide
+
+
+def test_two_heads_of_64_fit_into_a_hopper_chip(capsys):
+    (case,) = [
+        case
+        for case in ahead_of_time.wide_heads_cases()
+        if case.name.endswith("d_model 128 T <= 16 heads of 64") and case.arch == 90
+    ]
+    assert ahead_of_time.report([case]) == []

@@ -31,7 +31,8 @@ class FusedCudaObjective(FusedModelObjective):
     """``MaskedCrossEntropy(model(inputs), targets)``, whole blocks of trial points at a time.
 
     model: a ``DecoderOnlyTransformer`` in float32 on a CUDA device, of compute capability 8.0 or
-        more, d_model <= 256, in heads of 128 at most
+        more, d_model <= 256, in heads of 128 at most; of 64 where d_model > 128 and a program
+        may have less than 128 KiB of shared memory
     criterion: a ``MaskedCrossEntropy``
     inputs, targets: (B, T) int64; T <= 32, with d_model <= 64 on a Hopper chip T <= 64
     params: those that ``index`` counts through, in order; default: all trainable ones
@@ -191,12 +192,13 @@ class FusedCudaObjective(FusedModelObjective):
         )
         new = self._plan is None or (self._plan.sizes, self._plan.device) != (sizes, inputs.device)
         if new:
-            capability = _capability(inputs.device)
-            config = self._configs.choose_config(sizes, capability, self.precision)
+            capability, shared_memory = _chip(inputs.device)
+            config = self._configs.choose_config(sizes, capability, shared_memory, self.precision)
             if config is None:
                 raise ValueError(
-                    f"no kernel configuration for d_model = {sizes.d_model}, {sizes.n_heads} heads "
-                    f"and T = {inputs.shape[1]} on this device"
+                    f"no kernel configuration for d_model = {sizes.d_model} in heads of "
+                    f"{sizes.d_model // sizes.n_heads} and T = {inputs.shape[1]} on this device, "
+                    f"of compute capability {capability} with {shared_memory} B of shared memory"
                 )
             self._plan = self._kernels.TransformerPlan(
                 self.model, self.params, sizes, config, self.precision
@@ -295,6 +297,12 @@ def _why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _capability(device: torch.device) -> int:
-    """The major compute capability; the interpreter behaves like the newest."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+def _chip(device: torch.device) -> tuple[int, int]:
+    """The major compute capability, and how many bytes of shared memory a program may have; the
+    interpreter behaves like an H100."""
+    if device.type == "cpu":
+        return 9, 232_448
+    from triton.runtime import driver
+
+    properties = driver.active.utils.get_device_properties(device.index)
+    return torch.cuda.get_device_capability(device)[0], properties["max_shared_mem"]
