@@ -35,18 +35,25 @@ def _recorded(step: Callable[[], None], device: torch.device) -> torch.cuda.CUDA
     with torch.cuda.device(device):
         caller, side = torch.cuda.current_stream(), _side_stream(device)
         try:
-            # Other threads may go on meanwhile, a DataLoader's that pins memory say.
-            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            with _capture(graph, side):
                 step()
         except BaseException:
             # What torch leaves behind: its stream, and until 2.12 a random state that believes
-            # it is captured, so that the next draw of anyone's would fail.
+            # it is captured, so that the next draw and all graphs from before would fail. The end
+            # of another capture puts that right. (These graphs would not follow another state.)
             torch.cuda.set_stream(caller)
             if torch.__version__ < "2.13":
-                generator = torch.cuda.default_generators[device.index]
-                generator.graphsafe_set_state(generator.clone_state())
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch warns of an empty graph
+                    with _capture(torch.cuda.CUDAGraph(), side):
+                        pass
             raise
     return graph
+
+
+def _capture(graph: torch.cuda.CUDAGraph, side: torch.cuda.Stream):
+    # Other threads may go on meanwhile, a DataLoader's that pins memory say.
+    return torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local")
 
 
 class Repeated:
