@@ -158,6 +158,19 @@ def test_goes_on_with_another_batch_and_follows_the_parameters():
     assert torch.equal(graph.losses(index, delta), serial.losses(index, delta))
 
 
+@pytest.mark.parametrize("method", ["losses", "loss_at", "descend"])
+def test_what_others_write_to_buffers_stays(method):
+    options = {"incumbent": 9.0, "margin": 0.0, "most": 9, "gap": 1.0}
+    options = options if method == "descend" else {}
+    for objective in twins():
+        at = block(objective, 3)
+        getattr(objective, method)(*at, **options)
+        mean = objective.model[1].running_mean
+        mean.copy_(torch.arange(5.0))  # batch_norm itself leaves no trace in a version counter
+        getattr(objective, method)(*at, **options)
+        assert mean.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_autocast_captures_again(monkeypatch):
     torch.manual_seed(0)
     net, x, y = nn.Linear(4, 3), torch.randn(8, 4), torch.randn(8, 3)

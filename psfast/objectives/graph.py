@@ -111,8 +111,6 @@ class GraphObjective(SerialObjective):
 
     def __call__(self) -> Tensor:
         self._follow()
-        for buffer in self._buffers:
-            buffer.copy.copy_(buffer.value)
         zero = torch.zeros(1, dtype=torch.int64, device=self.flat.buffer.device)
         # A change by zero: the same graph, so an exact no-op has this loss to the bit.
         return self.losses(zero, zero.to(self.flat.buffer.dtype))[0]
@@ -175,6 +173,7 @@ class GraphObjective(SerialObjective):
         buffer = self.flat.buffer
         if buffer.data_ptr() != self._address or self._autocast != _autocast(buffer.device):
             self._prepare()
+        self._take_up_buffers()
 
     def _prepare(self) -> None:
         self._address: int | None = None  # none is served until all of this is done

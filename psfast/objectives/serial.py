@@ -164,6 +164,13 @@ class SerialObjective(Objective):
             self._incumbent = self._incumbent.to(buffer.dtype).copy_(buffer)
             self._incumbent_of = self.flat.changes
         self._versions = list(map(_version, self.params))
+        self._take_up_buffers()
+
+    def _take_up_buffers(self) -> None:
+        """What others have written to the buffers that are restored is to stay."""
+        if self._must_look():
+            for buffer in self._buffers:
+                buffer.copy.copy_(buffer.value)
 
     @contextmanager
     def _put_back(self):
