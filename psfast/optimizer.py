@@ -324,6 +324,12 @@ class PatternSearch(torch.optim.Optimizer):
         self._serial.seed = search.derive_seed(self.seed, self._poll.polls)
         return self._serial
 
+    def _settle(self) -> None:
+        """Before the state is read, which may be inside of ``torch.inference_mode()``."""
+        if self._fingerprint is None:
+            with torch.inference_mode(False):
+                self._follow_parameters()
+
     def _follow_parameters(self) -> None:
         """Take up parameters that were frozen, added, moved or written since the last step."""
         if not same_parameters(self._listed(), self._known):
@@ -655,8 +661,7 @@ class PatternSearch(torch.optim.Optimizer):
 
         Hooks, as in torch's own optimizers, and ``progress`` stay behind.
         """
-        if self._fingerprint is None:
-            self._follow_parameters()
+        self._settle()
         own = {name: value for name, value in vars(self).items() if name not in _NOT_COPIED}
         return {
             **{name: value for name, value in own.items() if not name.startswith("_optimizer_")},
@@ -684,8 +689,7 @@ class PatternSearch(torch.optim.Optimizer):
         Loaded beside the parameters of the same moment, in either order, the search goes on
         bit for bit, also from the middle of a poll.
         """
-        if self._fingerprint is None:
-            self._follow_parameters()
+        self._settle()
         state = super().state_dict()
         state["search"] = {
             **self._poll._asdict(),

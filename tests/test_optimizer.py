@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import operator
+import pickle
 
 import numpy as np
 import pytest
@@ -296,6 +297,20 @@ def test_inference_mode_is_refused_by_name():
     optimizer.step(lambda: p.sum())
     p.sum().backward()
     assert p.grad is not None
+
+
+def test_a_state_is_read_inside_of_inference_mode_too():
+    """Where a validation in it writes a checkpoint; also of parameters that went elsewhere."""
+    p = nn.Parameter(torch.ones(2))
+    optimizer = PatternSearch([p])
+    optimizer.step(lambda: p.square().sum())
+    p.data = p.detach().clone()
+    with torch.inference_mode():
+        state = optimizer.state_dict()
+        pickle.dumps((p, optimizer))
+    assert state["search"] == optimizer.state_dict()["search"]
+    loss = optimizer.step(lambda: p.square().sum())
+    assert loss == p.square().sum() < 2.0
 
 
 def test_nothing_to_search():
