@@ -29,6 +29,7 @@ interpreted = pytest.mark.skipif(
 
 
 @interpreted
+@pytest.mark.timeout(900)  # 100 s by itself, 300 beside three others on two cores
 def test_interpreted():
     path = Path(__file__).with_name("kernels_interpreted.py")
     command = [sys.executable, "-m", "pytest", "-x", "-W", "ignore", str(path)]
