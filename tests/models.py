@@ -81,6 +81,12 @@ def encoder():
     return nn.TransformerEncoder(layer, 1)
 
 
+def again():
+    """Layers that go by two names each."""
+    layers = nn.Linear(5, 5), nn.Tanh()
+    return nn.Sequential(*layers, *layers, nn.Linear(5, 3))
+
+
 def tokens(B, T, V):
     return torch.randint(0, V, (B, T))
 
@@ -151,6 +157,7 @@ CASES = {
         classes(),
     ),
     "used twice": lambda: (UsedTwice(), nn.L1Loss(), torch.randn(3, 5), torch.randn(3, 3)),
+    "two names": lambda: (again(), nn.MSELoss(), torch.randn(4, 5), torch.randn(4, 3)),
     "buffers": lambda: (Buffers(), nn.CrossEntropyLoss(), torch.randn(4, 4), classes(4)),
 }
 

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from models import build
 from torch import nn
 
 import psfast
@@ -73,6 +74,24 @@ def test_inference_mode_is_refused_and_leaves_no_trace(backend):
     f.loss_at(*at)
     f.set_batch(*other)
     psfast.PatternSearch(f.params).step(f)
+
+
+@pytest.mark.parametrize("backend", ["auto", "serial", "batched", "vmap"])
+def test_a_module_that_goes_by_two_names_keeps_its_parameters(backend):
+    """``functional_call`` takes them away from a layer that a model uses again, or a wrapper."""
+    model, criterion, inputs, targets = build("two names")
+    before, steps = list(model.parameters()), []
+    for name in ("serial", backend):
+        f = psfast.objective(copy.deepcopy(model), criterion, inputs, targets, backend=name)
+        optimizer = psfast.PatternSearch(f.params, seed=2)
+        steps.append([])
+        for _ in range(20):
+            optimizer.step(f)
+            steps[-1].append(optimizer.last_poll.accepted)
+    assert steps[0] == steps[1]
+    optimizer = psfast.PatternSearch(model.parameters())
+    psfast.fit(model, criterion, [(inputs, targets)], optimizer, progress=False)
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("decrease", [0.0, 1e-3])

@@ -1,7 +1,7 @@
 """What every objective offers to the search."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -219,6 +219,24 @@ def named_state(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
+def call_with(module: nn.Module, state: Mapping[str, Tensor], *arguments):
+    """``module(*arguments)`` with ``state``, by the names of ``named_state``, in its own's place.
+
+    ``functional_call`` ties names by itself, but takes the parameters away from a module that goes
+    by two of them, such as a layer that is used again.
+    """
+    own = named_state(module)
+    instead = {own[name]: tensor for name, tensor in state.items()}
+    everywhere = {
+        name: instead[tensor]
+        for prefix, part in module.named_modules()
+        for named in (part.named_parameters, part.named_buffers)
+        for name, tensor in named(prefix, recurse=False, remove_duplicate=False)
+        if tensor in instead
+    }
+    return functional_call(module, everywhere, arguments, tie_weights=False)
+
+
 class CompositeLoss(nn.Module):
     """inputs, targets -> ``criterion(model(inputs), targets)``, as one module."""
 
@@ -233,7 +251,7 @@ class CompositeLoss(nn.Module):
     def on_copies(self, inputs, targets) -> Tensor:
         """The loss; what the forward pass writes to parameters and buffers is lost."""
         copies = {name: t.detach().clone() for name, t in named_state(self).items()}
-        return functional_call(self, copies, (inputs, targets))
+        return call_with(self, copies, inputs, targets)
 
 
 def check_block(index: Tensor, delta: Tensor) -> None:

@@ -12,11 +12,11 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, functionalize
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from psfast.objectives.base import CompositeLoss, named_state
+from psfast.objectives.base import CompositeLoss, call_with, named_state
 from psfast.objectives.batched.interrupts import Uninterrupted
 from psfast.objectives.batched.modes import NoReadValues, run_under, shares_memory, spans
 from psfast.objectives.watch import Watch
@@ -280,7 +280,7 @@ def trace(loss: nn.Module, inputs, targets, device) -> Graph:
         batch = list(leaves)
         for i, tensor in zip(places, tensors, strict=True):
             batch[i] = tensor
-        return functional_call(loss, state, tuple(pytree.tree_unflatten(batch, spec)))
+        return call_with(loss, state, *pytree.tree_unflatten(batch, spec))
 
     def example():
         copies = {name: t.detach().clone() for name, t in state.items()}

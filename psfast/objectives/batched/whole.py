@@ -4,12 +4,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psfast.flat import trainable
-from psfast.objectives.base import CompositeLoss, Objective, check_block, check_point
+from psfast.objectives.base import CompositeLoss, Objective, call_with, check_block, check_point
 from psfast.objectives.batched.incumbent import has_bits
 from psfast.objectives.batched.interrupts import Uninterrupted
 from psfast.objectives.batched.modes import NoHiddenReads, no_fallback_notes, run_under
@@ -163,7 +162,7 @@ class VmapObjective(Objective):
 
     def _loss(self, state: dict) -> Tensor:
         buffers = {name: b.clone() for name, b in self._composite.named_buffers()}
-        return functional_call(self._composite, {**buffers, **state}, (self.inputs, self.targets))
+        return call_with(self._composite, {**buffers, **state}, self.inputs, self.targets)
 
     def _plain(self) -> Tensor:
         return self._evaluate(lambda: self._loss({}))
