@@ -177,28 +177,39 @@ class ResumableLoader(DataLoader):
     still is then.
 
     dataset: any map-style dataset; seed: of the order, drawn anew each epoch (``EpochSampler``).
+    sampler: of another order, as Lightning gives one with ``overfit_batches``; if it has no
+        ``epoch``, its passes cannot be told apart, and a resumed one starts at its beginning
     """
 
-    def __init__(self, dataset: Dataset, *, seed: int = 0, **kwargs):
-        super().__init__(dataset, sampler=EpochSampler(len(dataset), seed), **kwargs)
-        self._epoch, self._handed_out, self._resuming = 0, 0, False
+    def __init__(
+        self, dataset: Dataset, *, seed: int = 0, sampler: Sampler | None = None, **kwargs
+    ):
+        if sampler is None:
+            sampler = EpochSampler(len(dataset), seed)
+        super().__init__(dataset, sampler=sampler, **kwargs)
+        self._epoch, self._handed_out, self._resuming = None, 0, False
+
+    def _sampler_epoch(self) -> int | None:
+        return getattr(self.sampler, "epoch", None)
 
     def __iter__(self):
-        if not (self._resuming and self._epoch == self.sampler.epoch):
-            self._epoch, self._handed_out = self.sampler.epoch, 0
+        if not (self._resuming and self._epoch == self._sampler_epoch()):
+            self._epoch, self._handed_out = self._sampler_epoch(), 0
         self._resuming = False
         for number, batch in enumerate(super().__iter__()):
             if number >= self._handed_out:
                 self._handed_out += 1
                 yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        epoch = self.sampler.epoch
-        return {"epoch": epoch, "handed_out": self._handed_out if epoch == self._epoch else 0}
+    def state_dict(self) -> dict[str, int | None]:
+        epoch = self._sampler_epoch()
+        is_known = epoch is not None and epoch == self._epoch
+        return {"epoch": epoch, "handed_out": self._handed_out if is_known else 0}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int | None]) -> None:
         self._epoch, self._handed_out, self._resuming = state["epoch"], state["handed_out"], True
-        self.sampler.set_epoch(self._epoch)
+        if self._epoch is not None and hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(self._epoch)
 
 
 def _modular_sum(tokens: Tensor, mod: int) -> Tensor:

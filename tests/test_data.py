@@ -5,7 +5,12 @@ from itertools import permutations, product
 
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    DistributedSampler,
+    SequentialSampler,
+)
 
 from psfast.data import (
     ResumableLoader,
@@ -205,6 +210,25 @@ def test_a_state_of_a_finished_epoch_leaves_nothing_out_of_the_next():
     fresh.load_state_dict(loader.state_dict())
     fresh.sampler.set_epoch(1)
     assert len(list(fresh)) == 2
+
+
+def test_the_loader_takes_another_order():
+    """Lightning gives it one with ``overfit_batches``, and with "ddp" on one device."""
+    data = StateTrackingDataset(10, 4)
+    make = partial(ResumableLoader, data, batch_size=5, seed=3)
+    loaders = [make(sampler=SequentialSampler(data)) for _ in range(2)]
+    next(iter(loaders[0]))
+    for state in (loaders[0].state_dict(), make().state_dict()):
+        loaders[1].load_state_dict(state)
+        batches = [batch["x"] for batch in loaders[1]]
+        assert torch.equal(torch.cat(batches), data.x)
+    loaders = [make(sampler=DistributedSampler(data, 1, 0)) for _ in range(2)]
+    loaders[0].sampler.set_epoch(4)
+    batches = iter(loaders[0])
+    next(batches)
+    loaders[1].load_state_dict(loaders[0].state_dict())
+    (last,) = loaders[1]
+    assert torch.equal(last["x"], next(batches)["x"])
 
 
 def test_seeds_beyond_what_a_generator_takes_are_named():

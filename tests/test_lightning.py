@@ -580,6 +580,19 @@ def test_a_standalone_transformer_comes_back_from_its_checkpoint(tmp_path):
     assert loaded.configure_optimizers().search == search
 
 
+def test_the_first_batches_are_overfitted_in_every_epoch(tmp_path):
+    seen = []
+
+    class Batches(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen.append(batch["x"])
+
+    fit = trainer(tmp_path, Batches(), overfit_batches=2)
+    fit.fit(small_transformer(max_evaluations=7), datamodule=small_data())
+    assert fit.global_step == 4
+    assert torch.equal(torch.cat(seen[:2]), torch.cat(seen[2:]))
+
+
 def test_a_dataset_without_samples_is_not_replaced():
     empty = torch.utils.data.Subset(StateTrackingDataset(3, 4), [])
     assert StateTrackingDataModule(val_dataset=empty).val_dataset is empty
