@@ -1,8 +1,8 @@
-"""Data and a quiet Trainer for tests of modules in Lightning."""
+"""Data, a quiet Trainer and a record of its steps, for tests of modules in Lightning."""
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 
 def batches(count=3):
@@ -27,3 +27,17 @@ def trainer(tmp_path, *callbacks, **options):
         "log_every_n_steps": 1,
     }
     return L.Trainer(callbacks=list(callbacks), **{**defaults, **options})
+
+
+class Recorder(Callback):
+    """The logged values of every step, and the backward passes."""
+
+    def __init__(self):
+        self.steps, self.backwards, self.global_steps = [], 0, []
+
+    def on_after_backward(self, trainer, module):
+        self.backwards += any(p.grad is not None for p in module.parameters())
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.steps.append({k: v.item() for k, v in trainer.logged_metrics.items()})
+        self.global_steps.append(trainer.global_step)
