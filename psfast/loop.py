@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from typing import NamedTuple
 
@@ -85,6 +85,11 @@ def fit(
     for name, value in (("loader", loader), ("val_loader", scored)):
         if not (hasattr(value, "__iter__") or hasattr(value, "__getitem__")):
             raise TypeError(f"{name} must be an iterable of batches, got {type(value).__name__}")
+    if isinstance(scored, Iterator):  # which ends with the first validation
+        raise TypeError(
+            "val_loader must be an iterable that starts anew each time, like a list or a "
+            f"DataLoader, got {type(scored).__name__}"
+        )
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
     for name, value in (("max_steps", max_steps), ("val_every", val_every)):
@@ -131,8 +136,11 @@ def fit(
         optimizer.progress = told
         run.display.close()
         set_modes(modes)
-    if stopped != "interrupted":
-        run.validate()
+    try:
+        if stopped != "interrupted":
+            run.validate()
+    except KeyboardInterrupt:
+        stopped = "interrupted"
     return History(run.polls, run.validation, stopped)
 
 

@@ -178,6 +178,28 @@ def test_ctrl_c_ends_it_with_the_incumbent_in_place():
     assert all(map(torch.equal, before, model.parameters()))
 
 
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_ctrl_c_amid_a_validation_returns_the_history(at):
+    class Validation(list):
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            if self.passes == at:
+                raise KeyboardInterrupt
+            return super().__iter__()
+
+    model, batches = regression()
+    search = psfast.PatternSearch(model.parameters())
+    val = Validation(batches)
+    steps = len(batches) + 1  # the third validation is the one at the end
+    history = fit(
+        model, nn.MSELoss(), batches, search, max_steps=steps, val_loader=val, progress=False
+    )
+    assert history.stopped == "interrupted" and len(history.validation) == at - 1
+    assert len(history.polls) == [0, len(batches), steps][at - 1]
+
+
 def test_an_exception_leaves_the_incumbent_and_is_raised_on():
     model, batches = regression()
     before = [p.clone() for p in model.parameters()]
@@ -260,6 +282,8 @@ def test_bad_input_is_refused():
         fit(model, criterion, 3, search, progress=False)
     with pytest.raises(TypeError, match="^val_loader must be an iterable of batches, got int"):
         fit(model, criterion, batches, search, val_loader=3, progress=False)
+    with pytest.raises(TypeError, match="^val_loader must be .* anew each time.* got generator"):
+        fit(model, criterion, batches, search, val_loader=(b for b in batches), progress=False)
     with pytest.raises(TypeError, match="callback must be callable or None, got int"):
         fit(model, criterion, batches, search, callback=3, progress=False)
     with pytest.raises(TypeError, match="a batch must have targets, got None"):
