@@ -128,9 +128,13 @@ def train(config) -> None:
 
 def _check_checkpoint(path: Path) -> None:
     """Raise for what is no checkpoint; torch's and Lightning's own errors do not name it."""
+    import torch
+
     if not path.is_file():
         raise FileNotFoundError(f"ckpt_path must be a checkpoint's file, got {path}")
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(path) or "pytorch-lightning_version" not in torch.load(
+        path, map_location="cpu", mmap=True, weights_only=False
+    ):
         raise ValueError(f"ckpt_path must be a checkpoint of psfast-train, got {path}")
 
 

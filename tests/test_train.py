@@ -404,6 +404,14 @@ def test_bad_input_ends_with_one_line(here, capfd, tmp_path, overrides, message)
     assert not list(tmp_path.glob("**/summary.json"))
 
 
+def test_a_models_own_state_is_no_checkpoint_to_go_on_from(here, capfd, tmp_path):
+    torch.save(torch.nn.Linear(1, 1).state_dict(), tmp_path / "model.pt")
+    with pytest.raises(SystemExit):
+        here("logger=none", "ckpt_path=model.pt")
+    err = capfd.readouterr().err
+    assert "ckpt_path must be a checkpoint of psfast-train, got model.pt" in err
+
+
 def test_wandb_without_a_key_logs_offline_by_itself(tmp_path):
     """As on a new machine: in a process of its own, as wandb reads its settings once."""
     (tmp_path / "home").mkdir()
