@@ -179,6 +179,19 @@ def test_the_sizes_of_the_document(size):
     assert len(data) == n_samples and len(data[0]["x"]) == 2 * seq_len
 
 
+def test_a_model_of_the_users_own_has_no_keys_but_its_own(tmp_path):
+    from hydra import compose, initialize_config_module
+
+    (tmp_path / "model").mkdir()
+    own = "_target_: torch.nn.Embedding\nnum_embeddings: 102\nembedding_dim: 102\n"
+    (tmp_path / "model" / "mine.yaml").write_text(own)
+    with initialize_config_module("psfast.configs", version_base="1.3"):
+        config = compose(
+            "pattern_search_train", overrides=[f"hydra.searchpath=[{tmp_path}]", "model=mine"]
+        )
+    assert set(config.model) == {"_target_", "num_embeddings", "embedding_dim"}
+
+
 def test_a_sweep_gives_each_run_its_folder(here, tmp_path):
     here("--multirun", "task.pattern_search_radius=0.1,0.01", "trainer.max_epochs=1")
     summaries = sorted(tmp_path.glob("outputs/multirun/*/*/*/summary.json"))
