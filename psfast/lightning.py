@@ -116,7 +116,8 @@ class PatternSearchMixin:
         """One step of the search in manual optimization; counts in ``global_step``.
 
         closure: returns the loss; it runs once more on the accepted state, and only then
-            ``self.log`` and BatchNorm take notice. Or a ``psfast.objective``.
+            ``self.log`` and BatchNorm take notice. Or a ``psfast.objective``, whose model runs
+            once more, for BatchNorm.
         optimizer: default: ``self.optimizers()``; one that is not Lightning's wrapper does not
             count in ``global_step``, as everywhere in Lightning
 
@@ -136,9 +137,13 @@ class PatternSearchMixin:
             loss = self._search(search, closure, steps=1)
         if counts:
             wrapped._on_after_step()
-        if not isinstance(closure, Objective):
+        again = closure
+        if isinstance(closure, Objective):
+            has_model = hasattr(closure, "model") and not closure.is_pure
+            again = partial(closure.model, closure.inputs) if has_model else None
+        if again is not None:
             with torch.no_grad(), seeded(seed, self.device), _without_backward():
-                closure()
+                again()
         self._log_search(search)
         return loss
 

@@ -230,10 +230,11 @@ def test_manual_optimization_with_an_objective_and_with_a_plain_step(tmp_path):
         def training_step(self, batch, batch_idx):
             self.log("loss", self.optimizers().step(lambda: self.loss(batch)))
 
-    for kind in (WithObjective, PlainStep):
-        fit = trainer(tmp_path, max_epochs=1)
-        fit.fit(kind(), loader())
+    for kind, counted in ((WithObjective, 3), (PlainStep, 0)):
+        module, fit = kind(), trainer(tmp_path, max_epochs=1)
+        fit.fit(module, loader())
         assert fit.global_step == 3 and fit.optimizers[0].evaluations > 0
+        assert module.net[1].num_batches_tracked == counted
 
 
 def test_without_the_mixin_the_swap_works_and_one_warning_names_the_waste(tmp_path):
