@@ -63,8 +63,9 @@ class PatternSearchMixin:
             def configure_optimizers(self):
                 return psfast.PatternSearch(self.parameters(), radius=0.1)
 
-    Nothing else changes. With automatic optimization one training batch is one search step,
-    without any backward pass. Trial points run ``training_step`` without gradients, with
+    Nothing else changes, but that ``on_before_optimizer_step``, where gradients are looked at, is
+    not called. With automatic optimization one training batch is one search step, without any
+    backward pass. Trial points run ``training_step`` without gradients, with
     ``self.log`` switched off and with the module's torchmetrics held still (they return NaN:
     a loss takes the functions of ``torchmetrics.functional``); then ``training_step`` runs once
     more on the accepted state, and what it logs is logged. It also updates BatchNorm
