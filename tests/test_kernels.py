@@ -27,9 +27,11 @@ interpreted = pytest.mark.skipif(
     OLD_TRITON and NEW_NUMPY, reason="Triton 3.6 cannot interpret with this NumPy"
 )
 
+SLOW = pytest.mark.timeout(900)  # 100 s by themselves, 300 beside three others on two cores
+
 
 @interpreted
-@pytest.mark.timeout(900)  # 100 s by itself, 300 beside three others on two cores
+@SLOW
 def test_interpreted():
     path = Path(__file__).with_name("kernels_interpreted.py")
     command = [sys.executable, "-m", "pytest", "-x", "-W", "ignore", str(path)]
@@ -39,6 +41,7 @@ def test_interpreted():
 
 
 @interpreted
+@SLOW
 def test_the_gpu_benchmark_runs_dry(tmp_path):
     found = dry_run("gpu", tmp_path)
     assert [stage for stage in found["stages"] if not stage["ok"]] == []
