@@ -1,5 +1,6 @@
 """Models with operations that are rare: each was once evaluated wrongly, or not at all."""
 
+import functools
 import re
 from collections import UserDict
 
@@ -12,6 +13,7 @@ from torch import nn
 import psfast
 from psfast.objectives.batched import BatchedObjective, sparse
 from psfast.objectives.batched.values import Column
+from psfast.objectives.graph import GraphModelObjective
 from psfast.objectives.serial import SerialModelObjective
 
 mse = nn.MSELoss()
@@ -515,12 +517,15 @@ def normed():
 
 
 @pytest.mark.parametrize(
+    "kind", [SerialModelObjective, functools.partial(GraphModelObjective, capture=False)]
+)
+@pytest.mark.parametrize(
     "make", [Counted, lambda: torch.jit.script(normed()), lambda: normed().eval()]
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
-def test_the_serial_loop_leaves_buffers_that_modules_write_unseen(make):
+def test_the_serial_loop_leaves_buffers_that_modules_write_unseen(make, kind):
     model = make()
-    f = SerialModelObjective(model, mse, torch.randn(4, 5), torch.randn(4, 3))
+    f = kind(model, mse, torch.randn(4, 5), torch.randn(4, 3))
     model.train()
     before = [buffer.clone() for buffer in model.buffers()]
     f.losses(torch.arange(5), torch.ones(5))

@@ -144,7 +144,7 @@ class Objective:
         """Tells the batch from others; 0 where it is not known, as a closure's."""
         if self._checksum is None or self._checksum[1] != versions(self._checksum[0]):
             leaves = tree_leaves((self.inputs, self.targets))
-            leaves = [t for t in leaves if type(t) is Tensor and _has_plain_memory(t)]
+            leaves = [t for t in leaves if type(t) is Tensor and has_plain_memory(t)]
             total = 1 + checksum(leaves) if leaves else 0
             self._checksum = leaves, versions(leaves), total
         return self._checksum[2]
@@ -200,7 +200,7 @@ class Objective:
         return f"{type(self).__name__}({self.extra_repr()})"
 
 
-def _has_plain_memory(t: Tensor) -> bool:
+def has_plain_memory(t: Tensor) -> bool:
     return t.layout is torch.strided and not (t.is_nested or t._is_zerotensor())
 
 

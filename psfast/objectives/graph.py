@@ -1,7 +1,7 @@
 """One CUDA graph per trial point: change, evaluate, compare, keep or restore, move on."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -111,6 +111,9 @@ class GraphObjective(SerialObjective):
 
     def __call__(self) -> Tensor:
         self._follow()
+        for buffer in self._buffers:
+            if buffer.has_no_trace:
+                buffer.note()
         zero = torch.zeros(1, dtype=torch.int64, device=self.flat.buffer.device)
         # A change by zero: the same graph, so an exact no-op has this loss to the bit.
         return self.losses(zero, zero.to(self.flat.buffer.dtype))[0]
@@ -173,7 +176,9 @@ class GraphObjective(SerialObjective):
         buffer = self.flat.buffer
         if buffer.data_ptr() != self._address or self._autocast != _autocast(buffer.device):
             self._prepare()
-        self._take_up_buffers()
+        if any(buffer.is_written() for buffer in self._buffers):
+            for buffer in self._buffers:
+                buffer.note()
 
     def _prepare(self) -> None:
         self._address: int | None = None  # none is served until all of this is done
@@ -188,8 +193,7 @@ class GraphObjective(SerialObjective):
 
     def _step(self) -> None:
         trial_step(self.closure, self.flat.buffer, self._cursor)
-        for buffer in self._buffers:
-            buffer.restore()
+        self._restore_buffers()
 
     def _checked_closure(self) -> None:
         self._seed_all()
@@ -239,6 +243,7 @@ class GraphModelObjective(GraphObjective):
             if not isinstance(value, Tensor):
                 raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
         self.model, self.criterion = model, criterion
+        self._composite = CompositeLoss(model, criterion)
         self._batch = self._loaded = inputs, targets
         self.inputs, self.targets = inputs.clone(), targets.clone()
         super().__init__(
@@ -247,8 +252,11 @@ class GraphModelObjective(GraphObjective):
             seed=seed,
             capture=capture,
         )
-        self._watch = Watch(CompositeLoss(model, criterion), self.params)
+        self._watch = Watch(self._composite, self.params)
         self._watch.look(self._batch)
+
+    def _modules(self) -> Iterable[nn.Module]:
+        return self._composite.modules()
 
     def _follow(self) -> None:
         was_interrupted = self._loaded is not self._batch

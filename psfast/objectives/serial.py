@@ -10,11 +10,19 @@ from operator import attrgetter, methodcaller
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from psfast import random_state
 from psfast.flat import FlatParameters, trainable
 from psfast.notices import warn_caller
-from psfast.objectives.base import CompositeLoss, Descent, Objective, check_point
+from psfast.objectives.base import (
+    CompositeLoss,
+    Descent,
+    Objective,
+    check_point,
+    has_plain_memory,
+    versions,
+)
 from psfast.objectives.surroundings import full_float32, uncached_autocast
 from psfast.objectives.watch import Watch
 from psfast.search import acceptance_bar
@@ -55,7 +63,7 @@ class SerialObjective(Objective):
         self._needs_grad = False
         self._warned = False
         self._cells = _Cells(self.flat)
-        self._buffers: list[_SavedBuffer] = []
+        self._buffers: list[_SavedBuffer] | None = []  # None: to be found
         self._incumbent: Tensor | None = None  # the parameters' values
         self._incumbent_of: int | None = None  # ``flat.changes`` that it is of
         self._versions: list[int] = []
@@ -67,7 +75,7 @@ class SerialObjective(Objective):
 
     def losses(self, index: Tensor, delta: Tensor, *, stop_below: float | None = None) -> Tensor:
         check_point(index, delta, self.flat.size)
-        self._take_up()
+        self._get_ready()
         values = []
         with self._evaluation(), self._put_back():
             for _, _, value in self._trials(index, delta):
@@ -80,7 +88,7 @@ class SerialObjective(Objective):
         """As every objective's; an accepted trial point costs no more than another."""
         self.interrupted = None
         check_point(index, delta, self.flat.size)
-        self._take_up()
+        self._get_ready()
         decided: list[float] = []
         kept: list[tuple] = []  # of each accepted one: how many were decided, coordinate, value
         end = self.patience  # of decided ones
@@ -129,7 +137,7 @@ class SerialObjective(Objective):
 
     def loss_at(self, index: Tensor, delta: Tensor) -> Tensor:
         check_point(index, delta, self.flat.size)
-        self._take_up()
+        self._get_ready()
         buffer = self.flat.buffer
         index, delta = index.to(buffer.device), delta.to(buffer)
         with self._evaluation(), self._put_back():
@@ -164,13 +172,13 @@ class SerialObjective(Objective):
             self._incumbent = self._incumbent.to(buffer.dtype).copy_(buffer)
             self._incumbent_of = self.flat.changes
         self._versions = list(map(_version, self.params))
-        self._take_up_buffers()
 
-    def _take_up_buffers(self) -> None:
-        """What others have written to the buffers that are restored is to stay."""
-        if self._must_look():
-            for buffer in self._buffers:
-                buffer.copy.copy_(buffer.value)
+    def _get_ready(self) -> None:
+        """For trial points: take up the buffers, too, if others have changed them."""
+        self._take_up()
+        if self._buffers is None or any(map(_SavedBuffer.is_written, self._buffers)):
+            with self._evaluation(), self._found_buffers():
+                self._evaluate()
 
     @contextmanager
     def _put_back(self):
@@ -187,14 +195,18 @@ class SerialObjective(Objective):
         try:
             return _as_number(self._call())
         finally:
-            for buffer in self._buffers:
-                buffer.restore()
+            self._restore_buffers()
             # Our own writes go to the memory, or through a tensor with a counter of its own.
             if self._versions != list(map(_version, self.params)):
                 self.flat.buffer.copy_(self._incumbent)
                 self.flat.changed()
                 self._incumbent_of = self.flat.changes
                 self._versions = list(map(_version, self.params))
+
+    def _restore_buffers(self) -> None:
+        for buffer in self._buffers:
+            if buffer.has_no_trace or buffer.is_written():
+                buffer.restore()
 
     def _call(self):
         if self._needs_grad:
@@ -255,10 +267,9 @@ class SerialObjective(Objective):
 
     @contextmanager
     def _found_buffers(self):
-        """Find the buffers that the closure changes, and restore them after each evaluation.
+        """Find the buffers, and how the closure writes to them; they are restored.
 
-        Noted before each module runs; only those found changed are kept, so that constant
-        ones (masks, tables) cost nothing at the trial points.
+        Noted before each module runs.
         """
         self._buffers, found, seen = [], [], set()
 
@@ -279,9 +290,10 @@ class SerialObjective(Objective):
             yield
         finally:
             handle.remove()
-            self._buffers = [buffer for buffer in found if buffer.changed()]
-            for buffer in self._buffers:
-                buffer.restore()
+            for buffer in found:
+                buffer.has_no_trace = buffer.has_no_trace or buffer.has_changed_unseen()
+            self._buffers = found
+            self._restore_buffers()
 
 
 def closure_of(objective: Objective) -> Callable:
@@ -305,8 +317,6 @@ class SerialModelObjective(SerialObjective):
     Evaluates it once, so that a batch which the model refuses is refused here.
     """
 
-    _has_buffers = True  # that the loss writes to: they are found
-
     def __init__(self, model, criterion, inputs, targets, *, params=None, seed: int = 0):
         self.model, self.criterion = model, criterion
         self.inputs, self.targets = inputs, targets
@@ -320,13 +330,9 @@ class SerialModelObjective(SerialObjective):
         if self._watch.has_other_parts():
             self._take_up_parts()
         super()._take_up()
-        if not self._has_buffers:
-            with self._evaluation(), self._found_buffers():
-                self._evaluate()
-            self._has_buffers = True
 
     def _take_up_parts(self) -> None:
-        self._has_buffers = False  # other modules, or other ones that train: other buffers
+        self._buffers = None  # other modules, or other ones that train: other buffers
         self._watch.look(())
 
     def _modules(self) -> Iterable[nn.Module]:
@@ -368,21 +374,39 @@ class _TensorCells:
 
 
 class _SavedBuffer:
-    """A module's buffer as it was."""
+    """A module's buffer as it was.
+
+    has_no_trace: whether an evaluation may write to it without a trace in its version counter,
+        as batch_norm does with its statistics
+    """
 
     def __init__(self, module: nn.Module, name: str, value: Tensor):
         # A scripted module's own are not to be replaced, and another object at each look.
         self.owner = module._buffers if isinstance(module._buffers, dict) else {name: value}
         self.name, self.value, self.copy = name, value, value.clone()
+        self.has_no_trace = isinstance(module, _NormBase) and module.training
+        self._versions = versions([value])
 
-    def changed(self) -> bool:
-        # By content: batch_norm writes its statistics without a trace in the version counter.
-        same = self.owner.get(self.name) is self.value and torch.equal(self.value, self.copy)
-        return not same
+    def is_written(self) -> bool:
+        """Whether there is a trace of a write since it was noted, or restored."""
+        is_other = self.owner.get(self.name) is not self.value
+        return is_other or self._versions != versions([self.value])
+
+    def has_changed_unseen(self) -> bool:
+        is_seen = self.is_written() or not has_plain_memory(self.value)
+        return not is_seen and not torch.equal(self.value, self.copy)
+
+    def note(self) -> None:
+        """The value of now is the one to be restored."""
+        self.copy.copy_(self.value)
+        self._versions = versions([self.value])
 
     def restore(self) -> None:
         self.owner[self.name] = self.value
+        if self.value.shape != self.copy.shape:
+            self.value.resize_(self.copy.shape)
         self.value.copy_(self.copy)
+        self._versions = versions([self.value])
 
 
 def _as_number(loss) -> float:

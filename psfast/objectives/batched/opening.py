@@ -55,7 +55,7 @@ class Opening(SerialModelObjective):
         self.flat.changed()
         if self._known is None or self._known[1] != self._place() or self._watch.changed():
             self._forget()
-            self._take_up()
+            self._get_ready()
             with self._evaluation(), self._held_in_place():
                 loss = self._evaluate()
             batch = pytree.tree_leaves((self.inputs, self.targets))
