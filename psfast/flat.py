@@ -214,6 +214,12 @@ def _span(p: nn.Parameter) -> tuple[int, int]:
     return p.storage_offset(), p.storage_offset() + reach(p)
 
 
+def memory_of(tensor: Tensor) -> tuple[int, int]:
+    """Where its elements lie: the first address, and the one behind the last."""
+    start = tensor.data_ptr()
+    return start, start + (reach(tensor) + 1) * tensor.element_size()
+
+
 def reach(tensor: Tensor) -> int:
     """How many elements behind its first one ``tensor`` has its last one in memory."""
     return sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))

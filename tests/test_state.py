@@ -1,5 +1,7 @@
 """What a model keeps beside its parameters: buffers, and memory that goes by several names."""
 
+import re
+
 import pytest
 import torch
 from models import some_points
@@ -159,3 +161,73 @@ def test_buffers_that_a_forward_pass_resizes():
     f = SerialModelObjective(model, mse, *batch(5, 4))
     expect_untouched(f, model, (model, mse, f.inputs, f.targets))
     assert model.work.shape == (2, 3)
+
+
+# -- memory that goes by several names ------------------------------------------------------------
+
+
+class Overlapping(nn.Module):
+    """What it writes to one buffer is read from another."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.register_buffer("mean", torch.zeros(5, dtype=torch.float64))
+        self.register_buffer("part", self.mean[1:3])
+
+    def forward(self, x):
+        self.mean[:4].add_(x.mean(0))
+        return self.last(torch.tanh(self.first(x)) + self.part.sum())
+
+
+class OwnBatch(nn.Module):
+    """Works on the batch in place, where it is the model's own buffer, too."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("x", x)
+
+    def forward(self, x):
+        self.x.mul_(1.5)
+        return self.linear(x)
+
+
+def overlapping():
+    return Overlapping().double(), mse, *batch(5, 4)
+
+
+def own_parameter():
+    model = nn.Linear(4, 4).double()
+    return model, mse, model.weight, batch(4, 4, out=4)[1]
+
+
+def own_batch():
+    inputs, targets = batch(5, 4)
+    return OwnBatch(inputs).double(), mse, inputs, targets
+
+
+@pytest.mark.parametrize("backend", ["auto", "batched", "vmap", "graph"])
+@pytest.mark.parametrize("make", [overlapping, own_batch, own_parameter])
+def test_buffers_that_share_memory(make, backend):
+    """Such a model is served as it is, or not at all."""
+    torch.manual_seed(0)
+    arguments = make()
+    exact = SerialModelObjective(*arguments)
+    index, delta = some_points(exact, 4)
+    try:
+        if backend == "graph":
+            f = graph_steps(*arguments)
+        else:
+            f = psfast.objective(*arguments, backend=backend)
+    except ValueError as error:
+        why = {
+            "batched": "the model's? ",
+            "vmap": "behind the module's back",
+            "graph": "shares memory",
+        }
+        assert re.search(why[backend], str(error))
+        return
+    torch.testing.assert_close(f().double(), exact(), rtol=1e-9, atol=0)
+    losses = f.losses(index, delta).double()
+    torch.testing.assert_close(losses, exact.losses(index, delta), rtol=1e-9, atol=0)

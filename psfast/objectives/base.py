@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from psfast.flat import FlatParameters, check_no_inference_mode, checksum
+from psfast.flat import FlatParameters, check_no_inference_mode, checksum, memory_of
 
 _FEW = 16  # numbers that Python compares sooner than an operation on a tensor
 
@@ -237,6 +237,38 @@ def call_with(module: nn.Module, state: Mapping[str, Tensor], *arguments):
     return functional_call(module, everywhere, arguments, tie_weights=False)
 
 
+def copies_of(state: Sequence[Tensor], batch: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of ``state``, then the tensors of ``batch``, copied where they share memory with it.
+
+    Those that share memory have copies that share it, too.
+    """
+    tensors = [*state, *batch]
+    copies = [*(t.detach().clone() for t in state), *batch]
+    for numbers in sharing_memory(tensors):
+        if min(numbers) < len(state):
+            memory = tensors[numbers[0]].untyped_storage().clone()
+            for number in numbers:
+                t = tensors[number]
+                empty = torch.empty(0, dtype=t.dtype, device=t.device)
+                copies[number] = empty.set_(memory, t.storage_offset(), t.shape, t.stride())
+    return copies
+
+
+def sharing_memory(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The numbers of those that overlap with others, together."""
+    plain = [n for n, t in enumerate(tensors) if has_plain_memory(t) and t.numel()]
+    spans = [(tensors[n].untyped_storage().data_ptr(), *memory_of(tensors[n]), n) for n in plain]
+    groups: list[list[int]] = []
+    end = (0, 0)
+    for storage, start, stop, number in sorted(spans):
+        if (storage, start) < end:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+        end = max(end, (storage, stop))
+    return [group for group in groups if len(group) > 1]
+
+
 class CompositeLoss(nn.Module):
     """inputs, targets -> ``criterion(model(inputs), targets)``, as one module."""
 
@@ -250,8 +282,20 @@ class CompositeLoss(nn.Module):
 
     def on_copies(self, inputs, targets) -> Tensor:
         """The loss; what the forward pass writes to parameters and buffers is lost."""
-        copies = {name: t.detach().clone() for name, t in named_state(self).items()}
-        return call_with(self, copies, inputs, targets)
+        return self.on_copies_of(named_state(self), {}, inputs, targets)
+
+    def on_copies_of(self, state: Mapping[str, Tensor], given: Mapping, inputs, targets) -> Tensor:
+        """The same with copies of ``state`` alone, and ``given`` in its own's place; both by name.
+
+        What shares memory, also a batch with a buffer, does so here.
+        """
+        leaves, spec = tree_flatten((inputs, targets))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        copies = copies_of(list(state.values()), [leaves[i] for i in places])
+        for i, tensor in zip(places, copies[len(state) :], strict=True):
+            leaves[i] = tensor
+        copied = dict(zip(state, copies, strict=False))
+        return call_with(self, {**copied, **given}, *tree_unflatten(leaves, spec))
 
 
 def check_block(index: Tensor, delta: Tensor) -> None:

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from psfast.capture import captured
 from psfast.flat import trainable
-from psfast.objectives.base import CompositeLoss, Descent, check_block
+from psfast.objectives.base import (
+    CompositeLoss,
+    Descent,
+    check_block,
+    named_state,
+    sharing_memory,
+)
 from psfast.objectives.serial import SerialObjective, closure_of
 from psfast.objectives.watch import Watch
 from psfast.search import acceptance_bar, kept_places
@@ -245,6 +251,7 @@ class GraphModelObjective(GraphObjective):
         self.model, self.criterion = model, criterion
         self._composite = CompositeLoss(model, criterion)
         self._batch = self._loaded = inputs, targets
+        self._check_memory(self._batch)
         self.inputs, self.targets = inputs.clone(), targets.clone()
         super().__init__(
             closure_of(self),
@@ -269,10 +276,18 @@ class GraphModelObjective(GraphObjective):
 
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
         batch = inputs, targets
+        self._check_memory(batch)
         with self._on_batch(self.inputs, self.targets, seed):  # its copies stay where they fit
             self._load(batch)
         self._batch = batch
         self._watch.look(batch)
+
+    def _check_memory(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Raise ValueError for a batch of the model's own memory: the copies are not of it."""
+        state = list(named_state(self._composite).values())
+        for numbers in sharing_memory([*state, *batch]):
+            if min(numbers) < len(state) <= max(numbers):
+                raise ValueError("the batch shares memory with a parameter or buffer of the model")
 
     def _load(self, batch: tuple[Tensor, Tensor]) -> None:
         """Copy the batch to the fixed places, or to new ones if it has other shapes."""

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _pop_mode
 
-from psfast.flat import reach
+from psfast.flat import memory_of
 
 _VALUES = {"numpy", "tolist", "__array__", "__dlpack__"}  # torch does not see what becomes of them
 _READS_ITS_ARGUMENT = {"tensor_split"}  # a tensor of places, in C++
@@ -85,16 +85,11 @@ class NoHiddenReads(TorchFunctionMode):
 
 def spans(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     """The memory of each, as (first address, the one behind the last)."""
-    return [_span(t) for t in tensors if t.numel()]
+    return [memory_of(t) for t in tensors if t.numel()]
 
 
 def shares_memory(tensor: Tensor, known: list[tuple[int, int]]) -> bool:
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or not tensor.numel():
         return False
-    start, stop = _span(tensor)
+    start, stop = memory_of(tensor)
     return any(start < high and low < stop for low, high in known)
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    start = tensor.data_ptr()
-    return start, start + (reach(tensor) + 1) * tensor.element_size()

@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psfast.flat import trainable
-from psfast.objectives.base import CompositeLoss, Objective, call_with, check_block, check_point
+from psfast.objectives.base import CompositeLoss, Objective, check_block, check_point
 from psfast.objectives.batched.incumbent import has_bits
 from psfast.objectives.batched.interrupts import Uninterrupted
 from psfast.objectives.batched.modes import NoHiddenReads, no_fallback_notes, run_under
@@ -161,8 +161,8 @@ class VmapObjective(Objective):
             return run()
 
     def _loss(self, state: dict) -> Tensor:
-        buffers = {name: b.clone() for name, b in self._composite.named_buffers()}
-        return call_with(self._composite, {**buffers, **state}, self.inputs, self.targets)
+        buffers = dict(self._composite.named_buffers())
+        return self._composite.on_copies_of(buffers, state, self.inputs, self.targets)
 
     def _plain(self) -> Tensor:
         return self._evaluate(lambda: self._loss({}))
