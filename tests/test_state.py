@@ -21,7 +21,8 @@ def batch(*shape, out=3):
 
 
 def of_closure(model, criterion, inputs, targets):
-    return SerialObjective(lambda: criterion(model(inputs), targets), list(model.parameters()))
+    params = [p for p in model.parameters() if p.requires_grad]
+    return SerialObjective(lambda: criterion(model(inputs), targets), params)
 
 
 def graph_steps(*arguments, **options):
@@ -161,6 +162,40 @@ def test_buffers_that_a_forward_pass_resizes():
     f = SerialModelObjective(model, mse, *batch(5, 4))
     expect_untouched(f, model, (model, mse, f.inputs, f.targets))
     assert model.work.shape == (2, 3)
+
+
+class Momentum(nn.Module):
+    """A teacher that follows in the forward pass, as MoCo's key encoder does."""
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = nn.Linear(4, 3), nn.Linear(4, 3).requires_grad_(False)
+
+    @torch.no_grad()
+    def follow(self):
+        for p, q in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            p.lerp_(q, 0.1)
+
+    def forward(self, x):
+        self.follow()
+        return self.student(x) - 0.5 * self.teacher(x)
+
+
+@pytest.mark.parametrize("backend", ["serial", "closure", "graph", "batched"])
+def test_what_the_forward_pass_writes_to_frozen_parameters_is_taken_back(backend):
+    torch.manual_seed(0)
+    model = Momentum().double()
+    arguments = model, mse, *batch(5, 4)
+    make = {"closure": of_closure, "graph": graph_steps}.get(backend)
+    f = make(*arguments) if make else psfast.objective(*arguments, backend=backend)
+    if backend != "batched":
+        f()  # the first evaluation finds them
+    before = [p.clone() for p in model.teacher.parameters()]
+    optimizer = psfast.PatternSearch(f.params)
+    for _ in range(5):
+        expect_untouched(f, model, arguments)
+        optimizer.step(f)
+    assert all(map(torch.equal, before, model.teacher.parameters()))
 
 
 # -- memory that goes by several names ------------------------------------------------------------

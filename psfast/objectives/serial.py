@@ -3,7 +3,7 @@
 import ctypes
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
 from operator import attrgetter, methodcaller
@@ -63,7 +63,8 @@ class SerialObjective(Objective):
         self._needs_grad = False
         self._warned = False
         self._cells = _Cells(self.flat)
-        self._buffers: list[_SavedBuffer] | None = []  # None: to be found
+        self._buffers: list[_SavedTensor] | None = []  # None: to be found
+        self._written: set[nn.Parameter] = set()  # others than ``params`` that the closure writes
         self._incumbent: Tensor | None = None  # the parameters' values
         self._incumbent_of: int | None = None  # ``flat.changes`` that it is of
         self._versions: list[int] = []
@@ -176,7 +177,7 @@ class SerialObjective(Objective):
     def _get_ready(self) -> None:
         """For trial points: take up the buffers, too, if others have changed them."""
         self._take_up()
-        if self._buffers is None or any(map(_SavedBuffer.is_written, self._buffers)):
+        if self._buffers is None or any(map(_SavedTensor.is_written, self._buffers)):
             with self._evaluation(), self._found_buffers():
                 self._evaluate()
 
@@ -269,18 +270,26 @@ class SerialObjective(Objective):
     def _found_buffers(self):
         """Find the buffers, and how the closure writes to them; they are restored.
 
-        Noted before each module runs.
+        Noted before each module runs. Other parameters are kept only from the first evaluation
+        on that writes to them, as few models do: a frozen part may be large.
         """
-        self._buffers, found, seen = [], [], set()
+        self._buffers, found, others, seen = [], [], [], set()
+        own = {None, *self.params}
 
         def note(module: nn.Module, _inputs=None) -> None:
-            if module not in seen:
-                seen.add(module)
-                found.extend(
-                    _SavedBuffer(module, name, value)
-                    for name, value in module._buffers.items()
-                    if value is not None
-                )
+            if module in seen:
+                return
+            new = [part for part in module.modules() if part not in seen]
+            seen.update(new)
+            for part in new:
+                for name, buffer in part._buffers.items():
+                    if buffer is not None:
+                        found.append(_SavedTensor(part, part._buffers, name, buffer))
+                for name, p in part._parameters.items():
+                    if p in self._written:
+                        found.append(_SavedTensor(part, part._parameters, name, p))
+                    elif p not in own:
+                        others.append((versions([p]), part, name, p))
 
         for module in self._modules():
             note(module)
@@ -290,6 +299,10 @@ class SerialObjective(Objective):
             yield
         finally:
             handle.remove()
+            for before, part, name, p in others:
+                if before != versions([p]):
+                    self._written.add(p)
+                    found.append(_SavedTensor(part, part._parameters, name, p))
             for buffer in found:
                 buffer.has_no_trace = buffer.has_no_trace or buffer.has_changed_unseen()
             self._buffers = found
@@ -373,17 +386,17 @@ class _TensorCells:
         self.buffer[index] = value
 
 
-class _SavedBuffer:
-    """A module's buffer as it was.
+class _SavedTensor:
+    """A module's buffer, or a parameter that is not searched, as it was.
 
     has_no_trace: whether an evaluation may write to it without a trace in its version counter,
         as batch_norm does with its statistics
     """
 
-    def __init__(self, module: nn.Module, name: str, value: Tensor):
+    def __init__(self, module: nn.Module, table: Mapping, name: str, value: Tensor):
         # A scripted module's own are not to be replaced, and another object at each look.
-        self.owner = module._buffers if isinstance(module._buffers, dict) else {name: value}
-        self.name, self.value, self.copy = name, value, value.clone()
+        self.owner = table if isinstance(table, dict) else {name: value}
+        self.name, self.value, self.copy = name, value, value.detach().clone()
         self.has_no_trace = isinstance(module, _NormBase) and module.training
         self._versions = versions([value])
 

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from psfast.objectives.base import CompositeLoss, Descent, Objective
+from psfast.objectives.base import CompositeLoss, Descent, Objective, versions
 from psfast.objectives.batched.incumbent import Incumbent
 from psfast.objectives.batched.trace import refuse_autocast
 from psfast.objectives.serial import SerialModelObjective
+from psfast.random_state import seeded
 
 # Floating-point operations of an average node, by the kind of device. A block, and an accepted
 # change, take a launch and some Python for each node; a plain evaluation one or less, and all of
@@ -125,16 +126,28 @@ def opening_of(
 ) -> Opening | None:
     """An objective's, of this loss; None where the serial loop refuses it.
 
-    None also where there are buffers: the serial loop evaluates on the model's own, which an
-    interrupt may keep it from restoring, and does not find those that the incumbent leaves as
-    they are. Blocks have copies.
+    None also where there are buffers, or where the loss writes to parameters that are not searched:
+    the serial loop evaluates on the model's own, which an interrupt may keep it from restoring.
+    Blocks have copies.
     """
-    if next(loss.buffers(), None) is not None:
+    if next(loss.buffers(), None) is not None or _writes_to_others(objective, loss):
         return None
     try:
         return Opening(objective, loss, constants)
     except ValueError:  # a forward pass that moves the parameters
         return None
+
+
+def _writes_to_others(objective: Objective, loss: CompositeLoss) -> bool:
+    named = dict(loss.named_parameters())
+    own = set(objective.params)
+    searched = {name: p for name, p in named.items() if p in own}
+    others = {name: p.detach().clone() for name, p in named.items() if p not in own}
+    before = versions(list(others.values()))
+    if others:
+        with torch.no_grad(), seeded(objective.seed, objective.flat.buffer.device):
+            loss.on_copies_of(searched, others, objective.inputs, objective.targets)
+    return before != versions(list(others.values()))
 
 
 def is_light(incumbent: Incumbent, kind: str) -> bool:
