@@ -1,6 +1,7 @@
 """Models with operations that are rare: each was once evaluated wrongly, or not at all."""
 
 import functools
+import random
 import re
 from collections import UserDict
 
@@ -544,6 +545,33 @@ def test_a_closure_of_a_compiled_model():
     loss = optimizer.step(lambda: mse(compiled(x), y))
     assert loss < optimizer.last_poll.loss_before
     assert all(map(torch.equal, model.buffers(), before))
+
+
+@pytest.mark.parametrize("part", ["model", "module", "criterion"])
+def test_compiled_parts_are_traced_as_they_were_written(part):
+    torch.manual_seed(0)
+    model, criterion = normed().double(), mse
+    arguments = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    brute = SerialModelObjective(model, criterion, *arguments)
+    if part == "model":
+        model = torch.compile(model, backend="eager")
+    elif part == "module":
+        model[0].compile(backend="eager")
+    else:
+        criterion = torch.compile(criterion, backend="eager")
+    check(BatchedObjective(model, criterion, *arguments), brute)
+
+
+class Draws(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * random.random()
+
+
+def test_the_serial_loop_warns_of_a_loss_that_differs():
+    arguments = torch.randn(4, 5), torch.randn(4, 3)
+    with pytest.warns(UserWarning, match="differs from one evaluation to the next") as warned:
+        assert psfast.objective(Draws(5, 3), mse, *arguments).backend == "serial"
+    assert warned[0].filename == __file__
 
 
 def test_an_accept_after_the_parameters_have_moved():

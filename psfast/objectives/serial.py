@@ -32,6 +32,11 @@ _BACKWARD = (
     "about three times as slow; let it return the loss alone (with Lightning: add "
     "psfast.lightning.PatternSearchMixin)"
 )
+_DIFFERS = (
+    "the model's loss differs from one evaluation to the next, {:.9g} and {:.9g}: a search takes "
+    "the luckiest. Does the model draw from a generator of its own, NumPy's or Python's, or count "
+    "its calls?"
+)
 _CELLS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 _version = attrgetter("_version")
 _address = methodcaller("data_ptr")
@@ -327,7 +332,8 @@ def closure_of(objective: Objective) -> Callable:
 class SerialModelObjective(SerialObjective):
     """``criterion(model(inputs), targets)``, one trial point after another.
 
-    Evaluates it once, so that a batch which the model refuses is refused here.
+    Evaluates it, so that a batch which the model refuses is refused here, and again, to warn of a
+    loss that differs.
     """
 
     def __init__(self, model, criterion, inputs, targets, *, params=None, seed: int = 0):
@@ -337,7 +343,9 @@ class SerialModelObjective(SerialObjective):
         super().__init__(closure_of(self), searched, seed=seed)
         self._composite = CompositeLoss(model, criterion)
         self._watch = Watch(self._composite, self.params)
-        self()
+        first, second = self().item(), self().item()
+        if not math.isclose(first, second, rel_tol=1e-4) and first == first:
+            warn_caller(_DIFFERS.format(first, second))
 
     def _take_up(self) -> None:
         if self._watch.has_other_parts():

@@ -296,7 +296,9 @@ def trace(loss: nn.Module, inputs, targets, device) -> Graph:
         return make_fx(functional)(*pytree.tree_leaves(example()))
 
     try:
-        with plain_kernels(), seeded(0, device), Uninterrupted():
+        # What torch.compile has compiled runs as it was written.
+        eager = torch._dynamo.config.patch(error_on_nested_fx_trace=False)
+        with plain_kernels(), eager, seeded(0, device), Uninterrupted():
             traced = run_under(NoReadValues(live), both_passes)
         _fold_expanded_products(traced.graph)
         _separate_dropout_masks(traced.graph)
