@@ -1,6 +1,7 @@
 """What a model keeps beside its parameters: buffers, and memory that goes by several names."""
 
 import re
+import threading
 
 import pytest
 import torch
@@ -162,6 +163,45 @@ def test_buffers_that_a_forward_pass_resizes():
     f = SerialModelObjective(model, mse, *batch(5, 4))
     expect_untouched(f, model, (model, mse, f.inputs, f.targets))
     assert model.work.shape == (2, 3)
+
+
+class Table(nn.Module):
+    """A buffer that is made for the first batch, and again for one of another length."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("table", None)
+
+    def forward(self, x):
+        if self.table is None or len(self.table) != len(x):
+            self.table = torch.arange(3 * len(x)).view(-1, 3) / 10
+        return self.linear(x) * self.table
+
+
+def test_a_buffer_that_the_first_forward_pass_makes():
+    torch.manual_seed(0)
+    model = Table().double()
+    f = psfast.objective(model, mse, *batch(5, 4))
+    assert f.backend == "batched"
+    for B in (5, 7, 5):
+        f.set_batch(*batch(B, 4))
+        expect_untouched(f, model, (model, mse, f.inputs, f.targets))
+
+
+def test_buffers_of_a_model_in_another_thread_are_left_alone():
+    model, other, x = nn.Linear(4, 3).double(), nn.BatchNorm1d(4).double(), batch(5, 4)[0]
+
+    def closure():
+        thread = threading.Thread(target=other, args=(x,))
+        thread.start()
+        thread.join()
+        return model(x).sum()
+
+    f = SerialObjective(closure, list(model.parameters()))
+    f()
+    f.losses(torch.arange(2), torch.ones(2))
+    assert other.num_batches_tracked == 3
 
 
 class Momentum(nn.Module):

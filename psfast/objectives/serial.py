@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -279,10 +280,10 @@ class SerialObjective(Objective):
         on that writes to them, as few models do: a frozen part may be large.
         """
         self._buffers, found, others, seen = [], [], [], set()
-        own = {None, *self.params}
+        own, thread = {None, *self.params}, threading.get_ident()
 
         def note(module: nn.Module, _inputs=None) -> None:
-            if module in seen:
+            if module in seen or threading.get_ident() != thread:  # torch's hook is for all
                 return
             new = [part for part in module.modules() if part not in seen]
             seen.update(new)
@@ -343,6 +344,7 @@ class SerialModelObjective(SerialObjective):
         super().__init__(closure_of(self), searched, seed=seed)
         self._composite = CompositeLoss(model, criterion)
         self._watch = Watch(self._composite, self.params)
+        self()  # which finds what is to be restored
         first, second = self().item(), self().item()
         if not math.isclose(first, second, rel_tol=1e-4) and first == first:
             warn_caller(_DIFFERS.format(first, second))

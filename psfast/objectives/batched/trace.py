@@ -266,11 +266,24 @@ _FUSED_CELLS = {
 }
 
 
-def trace(loss: nn.Module, inputs, targets, device) -> Graph:
+def trace(loss: CompositeLoss, inputs, targets, device) -> Graph:
     """The graph of the loss (of ``inputs`` and ``targets``) on this batch.
 
     Raises ValueError, with the reason, for what cannot be traced.
     """
+    try:
+        with plain_kernels(), Uninterrupted():
+            # What the first forward pass makes and keeps, a table in a buffer say, is there then.
+            _loss(loss, inputs, targets, 0)
+            return _traced(loss, inputs, targets, device)
+    except Exception as error:  # whatever a user's forward raises, tracing is not for it
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"the model cannot be traced: {type(error).__name__}: {reason[0] if reason else ''}"
+        ) from error
+
+
+def _traced(loss: CompositeLoss, inputs, targets, device) -> Graph:
     state = named_state(loss)
     live = list(state.values())
     leaves, spec = pytree.tree_flatten((inputs, targets))
@@ -295,20 +308,14 @@ def trace(loss: nn.Module, inputs, targets, device) -> Graph:
         functional = functionalize(first, remove="mutations")
         return make_fx(functional)(*pytree.tree_leaves(example()))
 
-    try:
-        # What torch.compile has compiled runs as it was written.
-        eager = torch._dynamo.config.patch(error_on_nested_fx_trace=False)
-        with plain_kernels(), eager, seeded(0, device), Uninterrupted():
-            traced = run_under(NoReadValues(live), both_passes)
-        _fold_expanded_products(traced.graph)
-        _separate_dropout_masks(traced.graph)
-        _refuse_read_statistics(traced.graph)
-        return _read(traced, live, len(places))
-    except Exception as error:  # whatever a user's forward raises, tracing is not for it
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"the model cannot be traced: {type(error).__name__}: {reason[0] if reason else ''}"
-        ) from error
+    # What torch.compile has compiled runs as it was written.
+    eager = torch._dynamo.config.patch(error_on_nested_fx_trace=False)
+    with eager, seeded(0, device):
+        traced = run_under(NoReadValues(live), both_passes)
+    _fold_expanded_products(traced.graph)
+    _separate_dropout_masks(traced.graph)
+    _refuse_read_statistics(traced.graph)
+    return _read(traced, live, len(places))
 
 
 def _fold_expanded_products(graph: torch.fx.Graph) -> None:
