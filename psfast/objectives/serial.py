@@ -289,7 +289,7 @@ class SerialObjective(Objective):
             seen.update(new)
             for part in new:
                 for name, buffer in part._buffers.items():
-                    if buffer is not None:
+                    if buffer is not None and not buffer.is_inference():  # which none can write
                         found.append(_SavedTensor(part, part._buffers, name, buffer))
                 for name, p in part._parameters.items():
                     if p in self._written:
@@ -408,12 +408,12 @@ class _SavedTensor:
         self.owner = table if isinstance(table, dict) else {name: value}
         self.name, self.value, self.copy = name, value, value.detach().clone()
         self.has_no_trace = isinstance(module, _NormBase) and module.training
-        self._versions = versions([value])
+        self._version = value._version
 
     def is_written(self) -> bool:
         """Whether there is a trace of a write since it was noted, or restored."""
-        is_other = self.owner.get(self.name) is not self.value
-        return is_other or self._versions != versions([self.value])
+        value = self.value
+        return self.owner.get(self.name) is not value or value._version != self._version
 
     def has_changed_unseen(self) -> bool:
         is_seen = self.is_written() or not has_plain_memory(self.value)
@@ -422,14 +422,14 @@ class _SavedTensor:
     def note(self) -> None:
         """The value of now is the one to be restored."""
         self.copy.copy_(self.value)
-        self._versions = versions([self.value])
+        self._version = self.value._version
 
     def restore(self) -> None:
         self.owner[self.name] = self.value
         if self.value.shape != self.copy.shape:
             self.value.resize_(self.copy.shape)
         self.value.copy_(self.copy)
-        self._versions = versions([self.value])
+        self._version = self.value._version
 
 
 def _as_number(loss) -> float:
