@@ -75,6 +75,7 @@ class Case(NamedTuple):
 
     options: of the launch
     spills: bytes that a thread may spill, None: any number
+    may_serialise: whether ptxas may serialise wgmma
     """
 
     name: str
@@ -83,6 +84,7 @@ class Case(NamedTuple):
     options: dict
     arch: int
     spills: int | None = 0
+    may_serialise: bool = False
 
 
 class Result(NamedTuple):
@@ -98,7 +100,8 @@ class Result(NamedTuple):
             found = [f"spills {self.spill} B, more than {case.spills}"]
         if self.shared > SHARED_MEMORY[case.arch]:
             found.append(f"needs more than {SHARED_MEMORY[case.arch]} B of shared memory")
-        return found + (["wgmma serialised (C7512)"] if self.serialised else [])
+        is_slow = self.serialised and not case.may_serialise
+        return found + (["wgmma serialised (C7512)"] if is_slow else [])
 
 
 def transformer_sizes(width: int, positions: int) -> configs.Sizes:
@@ -123,8 +126,9 @@ def blocks_case(
 
 
 def wide_heads_cases() -> Iterator[Case]:
-    """``blocks`` in the default mode for heads of 64 and 128, on the chips that can hold them: they
-    spill more than the heads that the cuts were chosen for, and nobody has timed them."""
+    """``blocks`` in the default mode for heads of 64 and 128, on the chips that can hold them. The
+    cuts were chosen for narrower ones, and nobody has timed these: they spill, and with Triton 3.6
+    ptxas serialises wgmma in two."""
     for head, (capability, width, positions) in itertools.product((64, 128), configs.BLOCKS):
         sizes = transformer_sizes(width, positions)._replace(n_heads=width // head)
         if width < head or not (config := choose_config(sizes, capability, DEFAULT_MODE)):
@@ -133,7 +137,7 @@ def wide_heads_cases() -> Iterator[Case]:
         constants = configs.blocks_constants(sizes, config, DEFAULT_MODE, **kind)
         what = f"blocks {DEFAULT_MODE} d_model {width} T <= {positions} heads of {head}"
         case = _case(what, "blocks", config.blocks, constants, capability)
-        yield case._replace(spills=None)
+        yield case._replace(spills=None, may_serialise=True)
 
 
 def tail_case(
