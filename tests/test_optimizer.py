@@ -203,6 +203,13 @@ def test_a_plain_number_is_a_loss_too():
     assert loss == 0.0
 
 
+def test_a_loss_in_integers_is_reported_as_a_number_like_any_other():
+    p = nn.Parameter(torch.ones(2))
+    optimizer = PatternSearch([p], radius=1.0, max_accepts=9)
+    optimizer.step(lambda: p.abs().sum().long())
+    assert optimizer.last_poll.accepted and isinstance(optimizer.last_poll.loss_after, float)
+
+
 @pytest.mark.parametrize(
     "returned, got",
     [

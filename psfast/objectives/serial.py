@@ -434,7 +434,7 @@ class _SavedTensor:
 
 def _as_number(loss) -> float:
     if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
-        return loss.item()
+        return float(loss.item())
     if isinstance(loss, Real) and not isinstance(loss, bool):  # NumPy's too
         return float(loss)
     if isinstance(loss, Tensor):
