@@ -413,7 +413,8 @@ class PatternSearch(torch.optim.Optimizer):
         buffer = self._flat.buffer
         scale = max(buffer.abs().max().item(), self.radius)
         index = torch.arange(len(buffer), device=buffer.device)
-        delta = torch.full_like(buffer, 4 * torch.finfo(buffer.dtype).eps * scale)
+        size = 4 * torch.finfo(buffer.dtype).eps * scale
+        delta = torch.ones_like(buffer) * size  # not full_like, which refuses to overflow
         losses = [objective.loss_at(index, k * delta).item() for k in range(1, _NOISE_POINTS + 1)]
         self._poll = self._poll._replace(noise=search.noise_level(losses))
 

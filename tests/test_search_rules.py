@@ -329,6 +329,14 @@ def test_a_measured_noise_changes_nothing_where_there_is_none(rule):
     assert plain[0].evaluations == measured[0].evaluations
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_noise_is_measured_at_a_radius_beyond_the_dtype(dtype):
+    p = nn.Parameter(torch.ones(3, dtype=dtype))
+    optimizer = psfast.PatternSearch([p], radius=1e300, noise=None)
+    optimizer.step(lambda: p.square().sum())
+    assert optimizer.last_poll.failed and optimizer.radius == 5e299
+
+
 def test_accepts_below_the_rounding_of_a_float32_loss_end():
     def accepts(noise):
         torch.manual_seed(0)
