@@ -304,7 +304,8 @@ class PatternSearch(torch.optim.Optimizer):
 
     def _objective(self, closure: Callable | Objective) -> Objective:
         """One type for the core: a plain closure becomes a ``SerialObjective``."""
-        self._follow_parameters()
+        self._follow_settings()
+        self._follow_values()
         if isinstance(closure, Objective):
             if not same_parameters(closure.params, self._params):
                 raise ValueError(
@@ -326,19 +327,23 @@ class PatternSearch(torch.optim.Optimizer):
 
     def _settle(self) -> None:
         """Before the state is read, which may be inside of ``torch.inference_mode()``."""
-        if self._fingerprint is None:
-            with torch.inference_mode(False):
-                self._follow_parameters()
+        with torch.inference_mode(False):
+            self._follow_settings()
+            if self._fingerprint is None:  # else the parameters' values may be still to come
+                self._follow_values()
 
-    def _follow_parameters(self) -> None:
-        """Take up parameters that were frozen, added, moved or written since the last step."""
-        if not same_parameters(self._listed(), self._known):
-            self._attach()
-            self._poll = self._poll._replace(position=0, window=0)
-            self._restart_poll()
-        elif self._flat.changed() and self._fingerprint != self._flat.fingerprint():
+    def _follow_values(self) -> None:
+        """Take up parameters that were moved or written since the last step."""
+        if self._flat.changed() and self._fingerprint != self._flat.fingerprint():
             self._restart_poll()
         self._fingerprint = None
+
+    def _follow_settings(self) -> None:
+        """Take up what was frozen, added or set since the last step."""
+        if not same_parameters(self._listed(), self._known):
+            self._attach()
+        elif (self._rule.seed, self._rule.settings) != (self.seed, self.search):
+            self._start_over()
         if self._radii != self._read_radii():  # set by hand, or by a schedule
             for group in self.param_groups:
                 check_number("radius", group["radius"], at_least=0.0)
@@ -355,7 +360,13 @@ class PatternSearch(torch.optim.Optimizer):
             raise ValueError("params must hold at least one trainable parameter, got none")
         self._flat = FlatParameters(params)  # which may refuse them: nothing has changed then
         self._known, self._params = known, params
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """Other trial points than before, from the first one on."""
         self._begin()
+        self._poll = self._poll._replace(position=0, window=0)
+        self._restart_poll()
 
     def _begin(self) -> None:
         self._serial: SerialObjective | None = None

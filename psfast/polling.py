@@ -41,6 +41,7 @@ class CompletePoll:
 
     whole_blocks = False  # what follows the accepted trial point in a block is not decided
     least_decrease = 0.0  # of a point of the search, in squared radii
+    settings = None  # of a search step
 
     def __init__(self, seed: int, flat: FlatParameters):
         self.seed, self.flat = seed, flat

@@ -420,6 +420,54 @@ def test_a_state_saved_before_the_step_that_sees_a_change_has_it(change):
     assert resumed.state_dict() == optimizer.state_dict()
 
 
+@pytest.mark.parametrize("change", [freeze, add_a_group, halve_the_radius])
+def test_a_change_behind_a_load_is_in_the_next_state(change):
+    net, _ = regression()
+    optimizer = PatternSearch(net.parameters(), max_evaluations=3)
+    optimizer.step(lambda: 1.0)
+    assert optimizer.state_dict()["search"]["tried"] == 3
+    resumed = PatternSearch(net.parameters())
+    resumed.load_state_dict(optimizer.state_dict())
+    states = []
+    for changed in (optimizer, resumed):
+        change(net, changed)
+        states.append(changed.state_dict()["search"])
+        del states[-1]["fingerprint"]
+    assert states[0] == states[1] and states[0]["tried"] == 0
+
+
+def test_a_state_that_is_refused_hides_no_freezing():
+    net, _ = regression()
+    optimizer = PatternSearch(net.parameters(), max_evaluations=30)
+    optimizer.step(lambda: 1.0)
+    assert optimizer.state_dict()["search"]["position"] == 30
+    net[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="over 44 coordinates for 14"):
+        optimizer.load_state_dict(PatternSearch(regression()[0].parameters()).state_dict())
+    optimizer.step(lambda: 1.0)
+    assert optimizer.last_poll.evaluations == 28 and optimizer.last_poll.failed
+
+
+@pytest.mark.parametrize("old", [None, psfast.SimplexGradient()])
+@pytest.mark.parametrize("name", ["seed", "search"])
+def test_a_seed_or_search_set_by_hand_counts_from_then_on(name, old):
+    net, loss = regression()
+    optimizer = PatternSearch(net.parameters(), search=old, max_evaluations=5)
+    for _ in range(7):
+        optimizer.step(loss)
+    new = {"seed": 9, "search": psfast.SimplexGradient(working_set=20) if old is None else None}
+    setattr(optimizer, name, new[name])
+    other, other_loss = regression()
+    other.load_state_dict(net.state_dict())
+    resumed = PatternSearch(other.parameters(), search=optimizer.search, max_evaluations=5)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(20):
+        optimizer.step(loss)
+        resumed.step(other_loss)
+        assert resumed.last_poll.accepted == optimizer.last_poll.accepted
+    assert bool(optimizer.state_dict().get("slopes")) == (optimizer.search is not None)
+
+
 def pickled(pair):
     file = io.BytesIO()
     torch.save(pair, file)
