@@ -80,13 +80,18 @@ double head_change(const Context<R>& c, const Trial<R>& t) {
     const double target = logits[c.targets[row]];
     const double top = c.row_shift()[row] + target;
     const double p = std::exp(logits[t.at.row] - top) / c.row_sum()[row];
-    if (d > 30) {
-      change += d + std::log(p + (1 - p) * std::exp(-d));
+    if (d > 30) {  // from the new top on: where p is 0 and e^-d is, too, their sum has no logarithm
+      const double raised = logits[t.at.row] + d - top, rise = std::max(raised, 0.0);
+      change += rise + std::log((1 - p) * std::exp(-rise) +
+                                std::exp(raised - rise) / c.row_sum()[row]);
     } else if (d < -1 && p > 0.5) {  // what is left is the others' sum, which 1 - p has lost
-      double others = 0;
+      const double lowered = logits[t.at.row] + d;
+      double next = lowered, left = 0;
       for (int64_t n = 0; n < s.V; ++n)
-        if (n != t.at.row) others += std::exp(logits[n] - top);
-      change += std::log(others / c.row_sum()[row] + p * std::exp(d));
+        if (n != t.at.row) next = std::max(next, double(logits[n]));
+      for (int64_t n = 0; n < s.V; ++n)
+        left += std::exp((n == t.at.row ? lowered : logits[n]) - next);
+      change += next - top + std::log(left / c.row_sum()[row]);
     } else {
       change += std::log1p(p * std::expm1(d));
     }

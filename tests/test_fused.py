@@ -529,3 +529,19 @@ def test_a_logit_that_dominates_and_is_taken_away(dtype, gap):
     torch.testing.assert_close(
         fused.losses(index, delta), serial.losses(index, delta), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("delta", [-3000.0, -900.0, 900.0, 3000.0])
+def test_logits_too_far_apart_for_exp_have_their_loss(delta):
+    torch.manual_seed(0)
+    model = psfast.DecoderOnlyTransformer(5, 2, 1, 1, 3, max_len=4, dropout=0.0).double()
+    with torch.no_grad():
+        model.head.bias.add_(torch.tensor([2000.0, 0.0, -1000.0, 1000.0, 1000.0]))
+    batch = torch.randint(5, (2, 3)), torch.randint(5, (2, 3))
+    fused, serial = (
+        psfast.objective(model, psfast.MaskedCrossEntropy(), *batch, backend=name)
+        for name in ("fused", "serial")
+    )
+    index = torch.arange(fused.flat.size - 15, fused.flat.size)  # of the head
+    delta = torch.full((15,), delta, dtype=torch.float64)
+    torch.testing.assert_close(fused.losses(index, delta), serial.losses(index, delta))
