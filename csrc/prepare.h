@@ -10,29 +10,32 @@ struct Outputs {
   typedef R V __attribute__((vector_size(kBlock * sizeof(R)), aligned(sizeof(R))));
 };
 
-// Block `block` of a folded map from `weight` (`count` <= kBlock rows of D numbers): the rows side by
-// side, as each sum of a row waits for the number before. Without `products`, not what they are of.
+// The block of outputs that holds `row` of the N rows of `weight`, which a folded map has from block
+// `block` on: the rows side by side, as each sum of a row waits for the number before. Without
+// `products`, not what they are of.
 template <class R>
-void fold_block(const Context<R>& c, const Fold& f, int64_t block, int64_t count, const R* weight,
-                const R* bias, const R* gain, const R* shift, bool products) {
+void fold_block(const Context<R>& c, const Fold& f, int64_t block, int64_t row, int64_t N,
+                const R* weight, const R* bias, const R* gain, const R* shift, bool products) {
   typedef typename Outputs<R>::V V;
   typedef typename Outputs<double>::V Doubles;
-  const int64_t D = c.s.D;
+  const int64_t D = c.s.D, first = row / kBlock * kBlock, count = std::min(kBlock, N - first);
+  block += first / kBlock;
   // Padding stays zero.
   const auto put = [&](R* to, V values) {
     if (count == kBlock) *reinterpret_cast<V*>(to) = values;
     else for (int64_t i = 0; i < count; ++i) to[i] = values[i];
   };
-  const R* row[kBlock];
+  const R* rows[kBlock];
   Doubles mean = {}, offset = {};
   for (int64_t i = 0; i < kBlock; ++i) {
-    row[i] = weight + std::min(i, count - 1) * D;
-    offset[i] = bias[std::min(i, count - 1)];
+    const int64_t n = first + std::min(i, count - 1);
+    rows[i] = weight + n * D;
+    offset[i] = bias[n];
   }
   R* pack = c.at(f.pack) + block * D * kBlock;
   for (int64_t k = 0; k < D; ++k) {
     V w;
-    for (int64_t i = 0; i < kBlock; ++i) w[i] = row[i][k];
+    for (int64_t i = 0; i < kBlock; ++i) w[i] = rows[i][k];
     const V folded = w * gain[k];
     put(pack + k * kBlock, folded);
     mean += __builtin_convertvector(folded, Doubles);
@@ -87,31 +90,27 @@ void ff2_product(const Context<R>& c, int64_t l, int64_t n0, int64_t n1, int64_t
                      c.at(f.product) + j0 * f.N + n * kBlock, f.N);
 }
 
-// The block of outputs that holds `row`.
 template <class R>
 void fold_qkv(const Context<R>& c, int64_t l, int64_t row, bool products) {
   const LayerWeights& w = c.map->layers[l];
-  const int64_t dk = c.s.dk(), at = row % dk / kBlock * kBlock, first = row / dk * dk + at;
-  fold_block(c, c.layout->layers[l].qkv, qkv_padded(c.s, first) / kBlock, std::min(kBlock, dk - at),
-             c.w(w.qkv_w) + first * c.s.D, c.w(w.qkv_b) + first, c.w(w.ln1_w), c.w(w.ln1_b),
-             products);
+  const int64_t dk = c.s.dk(), part = row / dk;
+  fold_block(c, c.layout->layers[l].qkv, part * c.s.dk_padded() / kBlock, row % dk, dk,
+             c.w(w.qkv_w) + part * dk * c.s.D, c.w(w.qkv_b) + part * dk, c.w(w.ln1_w),
+             c.w(w.ln1_b), products);
 }
 
 template <class R>
 void fold_ff1(const Context<R>& c, int64_t l, int64_t row, bool products) {
   const LayerWeights& w = c.map->layers[l];
-  const int64_t first = row / kBlock * kBlock;
-  fold_block(c, c.layout->layers[l].ff1, first / kBlock, std::min(kBlock, c.s.F - first),
-             c.w(w.ff1_w) + first * c.s.D, c.w(w.ff1_b) + first, c.w(w.ln2_w), c.w(w.ln2_b),
-             products);
+  fold_block(c, c.layout->layers[l].ff1, 0, row, c.s.F, c.w(w.ff1_w), c.w(w.ff1_b), c.w(w.ln2_w),
+             c.w(w.ln2_b), products);
 }
 
 template <class R>
 void fold_head(const Context<R>& c, int64_t row, bool products) {
-  const int64_t first = row / kBlock * kBlock;
-  fold_block(c, c.layout->head, first / kBlock, std::min(kBlock, c.s.V - first),
-             c.w(c.map->head_w) + first * c.s.D, c.w(c.map->head_b) + first, c.w(c.map->final_w),
-             c.w(c.map->final_b), products);
+  const WeightMap& w = *c.map;
+  fold_block(c, c.layout->head, 0, row, c.s.V, c.w(w.head_w), c.w(w.head_b), c.w(w.final_w),
+             c.w(w.final_b), products);
 }
 
 template <class R>
