@@ -237,6 +237,21 @@ def call_with(module: nn.Module, state: Mapping[str, Tensor], *arguments):
     return functional_call(module, everywhere, arguments, tie_weights=False)
 
 
+def tensors_of(inputs, targets) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], tuple]]:
+    """The tensors of a batch, and the function that makes (inputs, targets) of others in their
+    places."""
+    leaves, spec = tree_flatten((inputs, targets))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def rebuild(tensors: Sequence[Tensor]) -> tuple:
+        batch = list(leaves)
+        for i, tensor in zip(places, tensors, strict=True):
+            batch[i] = tensor
+        return tree_unflatten(batch, spec)
+
+    return [leaves[i] for i in places], rebuild
+
+
 def copies_of(state: Sequence[Tensor], batch: Sequence[Tensor]) -> list[Tensor]:
     """Copies of ``state``, then the tensors of ``batch``, copied where they share memory with it.
 
@@ -289,13 +304,10 @@ class CompositeLoss(nn.Module):
 
         What shares memory, also a batch with a buffer, does so here.
         """
-        leaves, spec = tree_flatten((inputs, targets))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        copies = copies_of(list(state.values()), [leaves[i] for i in places])
-        for i, tensor in zip(places, copies[len(state) :], strict=True):
-            leaves[i] = tensor
+        batch, rebuild = tensors_of(inputs, targets)
+        copies = copies_of(list(state.values()), batch)
         copied = dict(zip(state, copies, strict=False))
-        return call_with(self, {**copied, **given}, *tree_unflatten(leaves, spec))
+        return call_with(self, {**copied, **given}, *rebuild(copies[len(state) :]))
 
 
 def check_block(index: Tensor, delta: Tensor) -> None:

@@ -1,7 +1,7 @@
 """One CUDA graph per trial point: change, evaluate, compare, keep or restore, move on."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -251,7 +251,7 @@ class GraphModelObjective(GraphObjective):
         self.model, self.criterion = model, criterion
         self._composite = CompositeLoss(model, criterion)
         self._batch = self._loaded = inputs, targets
-        self._check_memory(self._batch)
+        _check_memory(list(named_state(self._composite).values()), self._batch)
         self.inputs, self.targets = inputs.clone(), targets.clone()
         super().__init__(
             closure_of(self),
@@ -276,18 +276,14 @@ class GraphModelObjective(GraphObjective):
 
     def set_batch(self, inputs, targets, *, seed: int | None = None) -> None:
         batch = inputs, targets
-        self._check_memory(batch)
+        self.flat.changed()
+        searched = set(self.params)
+        others = [t for t in self._watch.parts()[1].values() if t not in searched]
+        _check_memory([self.flat.buffer, *others], batch)
         with self._on_batch(self.inputs, self.targets, seed):  # its copies stay where they fit
             self._load(batch)
         self._batch = batch
         self._watch.look(batch)
-
-    def _check_memory(self, batch: tuple[Tensor, Tensor]) -> None:
-        """Raise ValueError for a batch of the model's own memory: the copies are not of it."""
-        state = list(named_state(self._composite).values())
-        for numbers in sharing_memory([*state, *batch]):
-            if min(numbers) < len(state) <= max(numbers):
-                raise ValueError("the batch shares memory with a parameter or buffer of the model")
 
     def _load(self, batch: tuple[Tensor, Tensor]) -> None:
         """Copy the batch to the fixed places, or to new ones if it has other shapes."""
@@ -303,3 +299,10 @@ class GraphModelObjective(GraphObjective):
             self.inputs, self.targets = (new.to(fixed[0].device).clone() for new in batch)
             self._prepare()
         self._loaded = batch
+
+
+def _check_memory(state: Sequence[Tensor], batch: tuple[Tensor, Tensor]) -> None:
+    """Raise ValueError for a batch in the memory of the model's ``state``: its copies are not."""
+    for numbers in sharing_memory([*state, *batch]):
+        if min(numbers) < len(state) <= max(numbers):
+            raise ValueError("the batch shares memory with a parameter or buffer of the model")

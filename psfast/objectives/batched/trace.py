@@ -16,7 +16,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from psfast.objectives.base import CompositeLoss, call_with, named_state
+from psfast.objectives.base import CompositeLoss, call_with, named_state, tensors_of
 from psfast.objectives.batched.interrupts import Uninterrupted
 from psfast.objectives.batched.modes import NoReadValues, run_under, shares_memory, spans
 from psfast.objectives.watch import Watch
@@ -286,18 +286,14 @@ def trace(loss: CompositeLoss, inputs, targets, device) -> Graph:
 def _traced(loss: CompositeLoss, inputs, targets, device) -> Graph:
     state = named_state(loss)
     live = list(state.values())
-    leaves, spec = pytree.tree_flatten((inputs, targets))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    batch, rebuild = tensors_of(inputs, targets)
 
     def run(state, tensors):
-        batch = list(leaves)
-        for i, tensor in zip(places, tensors, strict=True):
-            batch[i] = tensor
-        return call_with(loss, state, *pytree.tree_unflatten(batch, spec))
+        return call_with(loss, state, *rebuild(tensors))
 
     def example():
         copies = {name: t.detach().clone() for name, t in state.items()}
-        return copies, [leaves[i].detach() for i in places]
+        return copies, [tensor.detach() for tensor in batch]
 
     def both_passes() -> torch.fx.GraphModule:
         """The first takes composite ops apart, which may write in place to views; the second
@@ -315,7 +311,7 @@ def _traced(loss: CompositeLoss, inputs, targets, device) -> Graph:
     _fold_expanded_products(traced.graph)
     _separate_dropout_masks(traced.graph)
     _refuse_read_statistics(traced.graph)
-    return _read(traced, live, len(places))
+    return _read(traced, live, len(batch))
 
 
 def _fold_expanded_products(graph: torch.fx.Graph) -> None:
